@@ -1,0 +1,387 @@
+"""The options every command shares, and which server, cluster and credentials they come to.
+
+Order: flag, environment, NATS context, this user's running `foundation up`,
+``nats://127.0.0.1:4222``. Options count before and after the command's name;
+the one nearer to the end wins. NATS contexts are read, never written; what one
+asks for and we cannot do (client certificates, nkeys) is refused, not ignored.
+
+Nothing here imports the library before a command really connects, so that
+``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from foundation_cli import runtime, values
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
+    from foundation_nats.config import Config
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+DEFAULT_CLUSTER = "default"
+DEFAULT_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_MAX_S = 5.0
+
+_CONTEXT_UNSUPPORTED = (
+    "nkey",
+    "cert",
+    "key",
+    "ca",
+    "nsc",
+    "user_jwt",
+    "socks_proxy",
+    "jetstream_domain",
+    "jetstream_api_prefix",
+    "inbox_prefix",
+)
+
+
+class Output(StrEnum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The shared options as given; None: not given."""
+
+    server: str | None = None
+    cluster: str | None = None
+    creds: str | None = None
+    context: str | None = None
+    timeout: float | None = None
+    output: Output | None = None
+
+    @property
+    def timeout_s(self) -> float:
+        """How long one answer may take."""
+        return DEFAULT_TIMEOUT_S if self.timeout is None else self.timeout
+
+    @property
+    def format(self) -> Output:
+        """How to print results."""
+        return self.output or Output.TABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to connect, as whom, to which cluster, and where we know that from."""
+
+    urls: tuple[str, ...]
+    cluster: str
+    origin: str
+    creds: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+
+
+# ---- options --------------------------------------------------------------------------
+
+_OPTIONS: dict[str, Any] = {
+    "server": Annotated[
+        str | None,
+        typer.Option("--server", "-s", metavar="URL", help="NATS server [env: FOUNDATION_SERVER]."),
+    ],
+    "cluster": Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", "-c", metavar="NAME", help="Cluster name [env: FOUNDATION_CLUSTER]."
+        ),
+    ],
+    "creds": Annotated[
+        str | None,
+        typer.Option(
+            "--creds", metavar="FILE", help="Credentials file [env: FOUNDATION_CREDS]."
+        ),
+    ],
+    "context": Annotated[
+        str | None,
+        typer.Option("--context", metavar="NAME", help="NATS context [env: NATS_CONTEXT]."),
+    ],
+    "timeout": Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long an answer may take, such as 500ms or 30s (5s unless given).",
+        ),
+    ],
+    "output": Annotated[
+        Output | None,
+        typer.Option("--output", "-o", metavar="table|json|yaml", help="How to print results."),
+    ],
+}
+
+
+def _option_parameters() -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+        for name, annotation in _OPTIONS.items()
+    ]
+
+
+def with_shared(function: F) -> F:
+    """Give a command the shared options; it receives them as its first argument, a `Shared`."""
+    signature = inspect.signature(function, eval_str=True)
+    own = list(signature.parameters.values())[1:]
+    context = inspect.Parameter(
+        "ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+    )
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+
+    @functools.wraps(function)
+    def command(ctx: typer.Context, **arguments: Any) -> None:
+        for name in _OPTIONS:
+            arguments.pop(name)
+        function(collect(ctx), **arguments)
+
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own, context, *_option_parameters()]
+    )
+    command.__annotations__ = {}
+    del command.__wrapped__  # type: ignore[attr-defined]
+    return command  # type: ignore[return-value]
+
+
+def group_callback(doc: str, extra: Callable[[bool], None] | None = None) -> Callable[..., None]:
+    """The callback of a group, so that the shared options count before a command's name too."""
+
+    def callback(**_: Any) -> None: ...
+
+    parameters = _option_parameters()
+    if extra is not None:
+        option = typer.Option(
+            "--version", callback=extra, is_eager=True, help="Show the version and exit."
+        )
+        parameters.append(
+            inspect.Parameter(
+                "version",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False,
+                annotation=Annotated[bool, option],
+            )
+        )
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    callback.__annotations__ = {}
+    callback.__doc__ = doc
+    return callback
+
+
+def collect(ctx: typer.Context) -> Shared:
+    """The shared options given anywhere on the command line."""
+    chain: list[Mapping[str, Any]] = []
+    here: Any = ctx
+    while here is not None:
+        chain.append(here.params)
+        here = here.parent
+    found: dict[str, Any] = {}
+    for params in reversed(chain):
+        for item in fields(Shared):
+            if params.get(item.name) is not None:
+                found[item.name] = params[item.name]
+    return Shared(**found)
+
+
+# ---- resolution -------------------------------------------------------------------------
+
+
+def resolve(shared: Shared, environment: Mapping[str, str] | None = None) -> Endpoint:
+    """What the options, the environment, the NATS context and the running `up` come to.
+
+    Raises:
+        ConfigError: a context is missing, broken or asks for what we can't do;
+            or several `up` run and none was named.
+    """
+    env = os.environ if environment is None else environment
+    server_env = env.get("FOUNDATION_SERVER") or env.get("FOUNDATION_BUS__SERVERS")
+    creds = shared.creds or env.get("FOUNDATION_CREDS") or env.get("FOUNDATION_BUS__CREDS")
+    cluster = shared.cluster or env.get("FOUNDATION_CLUSTER")
+    found: Endpoint | None = None
+    if shared.context:
+        found = _from_context(shared.context, env)
+        if shared.server:
+            found = replace(found, urls=_urls(shared.server), origin="--server")
+    elif shared.server:
+        found = Endpoint(_urls(shared.server), DEFAULT_CLUSTER, "--server")
+    elif server_env:
+        found = Endpoint(_urls(server_env), DEFAULT_CLUSTER, "FOUNDATION_SERVER")
+    else:
+        name = env.get("NATS_CONTEXT") or _selected_context(env)
+        found = _from_context(name, env) if name else _from_running(cluster)
+    if creds:
+        found = replace(found, creds=creds, user=None, password=None, token=None)
+    found = replace(found, cluster=cluster or found.cluster)
+    if found.creds and not Path(found.creds).expanduser().is_file():
+        raise _config_error(
+            f"The credentials file {found.creds} does not exist.", "Check --creds or the context."
+        )
+    if found.creds:
+        found = replace(found, creds=str(Path(found.creds).expanduser()))
+    return found
+
+
+def _urls(text: str) -> tuple[str, ...]:
+    parts = (part.strip() for part in text.split(","))
+    return tuple(part if "://" in part else f"nats://{part}" for part in parts if part)
+
+
+def _config_error(message: str, hint: str) -> Exception:
+    from foundation_nats.errors import ConfigError
+
+    return ConfigError(message, hint=hint)
+
+
+def _from_running(cluster: str | None) -> Endpoint:
+    entries = {entry.cluster: entry for entry in runtime.running()}
+    if cluster is not None:
+        entry = entries.get(cluster)
+    else:
+        entry = entries.get(DEFAULT_CLUSTER)
+        if entry is None and len(entries) > 1:
+            names = ", ".join(sorted(entries))
+            raise _config_error(
+                f"Several clusters run here: {names}.", "Say which one with --cluster NAME."
+            )
+        if entry is None and entries:
+            (entry,) = entries.values()
+    if entry is None:
+        return Endpoint((DEFAULT_URL,), cluster or DEFAULT_CLUSTER, "default")
+    return Endpoint((entry.url,), entry.cluster, "foundation up")
+
+
+def _context_folder(env: Mapping[str, str]) -> Path:
+    base = env.get("XDG_CONFIG_HOME")
+    home = env.get("HOME")
+    folder = Path(base) if base else (Path(home) if home else Path.home()) / ".config"
+    return folder / "nats"
+
+
+def _selected_context(env: Mapping[str, str]) -> str | None:
+    try:
+        return (_context_folder(env) / "context.txt").read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _from_context(name: str, env: Mapping[str, str]) -> Endpoint:
+    folder = _context_folder(env) / "context"
+    path = folder / f"{name}.json"
+    if "/" in name or name in ("", ".", ".."):
+        raise _config_error(f"{name!r} is not the name of a NATS context.", "See `nats context ls`.")
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(item.stem for item in folder.glob("*.json"))) or "none"
+        raise _config_error(
+            f"There is no NATS context {name!r} in {folder}.", f"Known: {known}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _config_error(
+            f"The NATS context {path} cannot be read: {error}.", "Check the file, or use --server."
+        ) from None
+    if not isinstance(found, dict):
+        raise _config_error(f"The NATS context {path} is no JSON object.", "Use --server.")
+    for key in _CONTEXT_UNSUPPORTED:
+        if found.get(key):
+            raise _config_error(
+                f"The NATS context {name!r} uses {key!r}, which is not supported yet.",
+                "Use --server with --creds, or a user and password or token.",
+            )
+    return Endpoint(
+        _urls(str(found.get("url") or DEFAULT_URL)),
+        DEFAULT_CLUSTER,
+        f"NATS context {name}",
+        creds=found.get("creds") or None,
+        user=found.get("user") or None,
+        password=found.get("password") or None,
+        token=found.get("token") or None,
+    )
+
+
+# ---- connecting ---------------------------------------------------------------------------
+
+
+def load_config(endpoint: Endpoint, *, connect_timeout_s: float | None = None) -> Config:
+    """The library's settings for *endpoint*.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    from foundation_nats.config import Config
+
+    bus: dict[str, Any] = {
+        "servers": endpoint.urls,
+        "creds": endpoint.creds,
+        "user": endpoint.user,
+        "password": endpoint.password,
+        "token": endpoint.token,
+        "connect_timeout_s": connect_timeout_s,
+    }
+    given = {key: value for key, value in bus.items() if value is not None}
+    return Config.load(cluster=endpoint.cluster, bus=given)
+
+
+@asynccontextmanager
+async def connected(shared: Shared) -> AsyncIterator[Cluster]:
+    """The cluster the options name.
+
+    Raises:
+        BusUnavailableError: nobody answers there.
+        PermissionDeniedError: the credentials were refused.
+        ConfigError: an option, the environment or a context is wrong.
+    """
+    from foundation_nats import Cluster
+    from foundation_nats.errors import BusTimeoutError, BusUnavailableError
+
+    endpoint = resolve(shared)
+    limit = min(shared.timeout_s, _CONNECT_TIMEOUT_MAX_S)
+    config = load_config(endpoint, connect_timeout_s=limit)
+    cluster = Cluster.connect(
+        list(endpoint.urls),
+        cluster=endpoint.cluster,
+        creds=endpoint.creds,
+        config=config,
+        timeout=limit,
+    )
+    try:
+        opened = await cluster
+    except BusTimeoutError as error:
+        raise BusUnavailableError(
+            f"The NATS server at {', '.join(endpoint.urls)} does not answer: {error.message}",
+            hint="Is JetStream up? `foundation doctor` says more once it answers.",
+        ) from error
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's coroutine to its end; logs go nowhere unless FOUNDATION_LOG_LEVEL asks."""
+    from foundation_nats.base import logs, tasks
+
+    logs.configure(level=os.environ.get("FOUNDATION_LOG_LEVEL", "critical"))
+    return tasks.run(main)

@@ -1,0 +1,133 @@
+"""`foundation node start`: this process becomes one node of the cluster.
+
+SIGTERM or Ctrl-C drains and stops with exit code 0; a second one stops at
+once. A node started by `foundation up` dies with it, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from foundation_cli import values
+from foundation_cli.connection import (
+    Shared,
+    group_callback,
+    load_config,
+    resolve,
+    with_shared,
+)
+
+PARENT_VARIABLE = "FOUNDATION_PARENT_PID"
+"""Set by `foundation up`: the process to die with."""
+
+_HELP = "Nodes: processes that host agents."
+_LEVELS = ("debug", "info", "warning", "error")
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when *parent* ends; end now if it has ended already."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise typer.Exit(1)
+
+
+def _find_modules_here() -> None:
+    """Let this process and its workers import from the working directory."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if here not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
+
+
+@with_shared
+def start(
+    shared: Shared,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "-n", metavar="NAME", help="The node's name (from the host's)."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, max=1024, help="Worker processes (one per core)."),
+    ] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import at start; may be repeated."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")
+    ] = None,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What the node offers; may be repeated."),
+    ] = None,
+    capacity: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=N", help="A limit, such as slots=500; may be repeated."),
+    ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help=f"{', '.join(_LEVELS)}.")
+    ] = "info",
+) -> None:
+    """Run one node until it is told to stop.
+
+    Example: foundation node start --name n1 --import my_agents --label zone=a --capacity slots=500
+    """
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is not None:
+        _die_with(int(parent))
+    if log_level.lower() not in _LEVELS:
+        raise typer.BadParameter(
+            f"{log_level!r} is none of {', '.join(_LEVELS)}.", param_hint="--log-level"
+        )
+    labels = values.pairs(label or [], "--label")
+    capacities = values.numbers(capacity or [], "--capacity")
+
+    from foundation_nats.api.node import Node, NodeOptions
+    from foundation_nats.base import logs, tasks
+
+    config = load_config(resolve(shared))
+    _find_modules_here()
+    logs.configure(level=log_level, json=log_json)
+    options = NodeOptions(
+        name=name,
+        workers=workers,
+        imports=tuple(imports or ()),
+        labels=labels,
+        capabilities=tuple(capability or ()),
+        capacity=capacities,
+        log_level=log_level.lower(),
+        log_json=log_json,
+    )
+
+    async def main() -> int:
+        return await Node(options, config).run()
+
+    code = tasks.run(main)
+    if code:
+        raise typer.Exit(code)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to *app*."""
+    group = typer.Typer(
+        name="node",
+        help=_HELP,
+        callback=group_callback(_HELP),
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    group.command()(start)
+    app.add_typer(group)

@@ -1,0 +1,325 @@
+"""Commands that show what there is: status, nodes, agents, agent, deployments, leader.
+
+Read only. JSON shapes are part of the contract: lists for `nodes`, `agents` and
+`deployments`, one object for the others; new fields may come, none goes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foundation_cli import complete, render
+from foundation_cli.connection import Shared, connected, run, with_shared
+from foundation_cli.render import Column
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
+
+AGENT_STATUSES = (
+    "pending",
+    "starting",
+    "running",
+    "moving",
+    "unavailable",
+    "failed",
+    "stopped",
+    "hibernated",
+)
+NODE_STATUSES = ("up", "suspect", "down", "draining")
+
+AGENT_COLUMNS = (
+    Column("id", lambda a: a["id"]),
+    Column("status", lambda a: a["status"]),
+    Column("node", lambda a: a["node"]),
+    Column("epoch", lambda a: a["epoch"], right=True),
+    Column("deployment", lambda a: a["deployment"]),
+    Column("capabilities", lambda a: ",".join(a["capabilities"])),
+    Column("reason", lambda a: a.get("reason"), free=True),
+)
+NODE_COLUMNS = (
+    Column("name", lambda n: n["name"]),
+    Column("status", lambda n: n["status"]),
+    Column("leader", lambda n: "yes" if n.get("leader") else ""),
+    Column("agents", lambda n: n["agents"], right=True),
+    Column("cpu", lambda n: _percent(n["load"].get("cpu")), right=True),
+    Column("memory", lambda n: _percent(n["load"].get("memory")), right=True),
+    Column("backlog", lambda n: n["load"].get("backlog", 0), right=True),
+    Column("workers", lambda n: _count(n.get("workers")), right=True),
+    Column("incarnation", lambda n: n["incarnation"], right=True),
+    Column("capacity", lambda n: render.labels_text(n["capacity"])),
+    Column("labels", lambda n: render.labels_text(n["labels"])),
+    Column("offers", lambda n: ",".join(n.get("capabilities") or [])),
+    Column("host", lambda n: n.get("host")),
+)
+DEPLOYMENT_COLUMNS = (
+    Column("name", lambda d: d["name"]),
+    Column("run", lambda d: d["run"]),
+    Column("desired", lambda d: d["desired"], right=True),
+    Column("running", lambda d: d["running"], right=True),
+    Column("pending", lambda d: d["pending"], right=True),
+    Column("failed", lambda d: d["failed"], right=True),
+    Column("settled", lambda d: d["settled"]),
+    Column("critical", lambda d: d["critical"]),
+    Column("revision", lambda d: d["revision"], right=True),
+    Column("reason", lambda d: first_reason(d), free=True),
+)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share * 100:.0f}%"
+
+
+def _count(items: Any) -> int | str:
+    return len(items) if isinstance(items, list) else ""
+
+
+def first_reason(deployment: dict[str, Any]) -> str:
+    """The reason of one agent that does not run, and how many more there are."""
+    reasons: dict[str, str] = deployment.get("reasons") or {}
+    for agent, reason in reasons.items():
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        return f"{agent}: {reason}{more}"
+    return ""
+
+
+async def overview(cluster: Cluster) -> dict[str, Any]:
+    """The object `status -o json` prints."""
+    import asyncio
+
+    nodes, agents, deployments, leader = await asyncio.gather(
+        cluster.nodes.list(), cluster.agents.list(), cluster.deployments.list(), cluster.leader()
+    )
+    by_node = Counter(str(node.status) for node in nodes)
+    by_agent = Counter(str(agent.status) for agent in agents)
+    return {
+        "schema": f"{render.SCHEMA}/status",
+        "cluster": cluster.name,
+        "server": cluster.url,
+        "leader": leader.holder if leader is not None else None,
+        "nodes": {word: by_node.get(word, 0) for word in NODE_STATUSES},
+        "agents": {word: by_agent.get(word, 0) for word in AGENT_STATUSES},
+        "deployments": render.plain(deployments),
+    }
+
+
+def _counts(numbers: dict[str, int], always: str) -> str:
+    parts = [
+        f"{count} {render.status_word(word)}"
+        for word, count in numbers.items()
+        if count or word == always
+    ]
+    return ", ".join(parts)
+
+
+@with_shared
+def status(shared: Shared) -> None:
+    """Show the cluster at a glance.
+
+    Example: foundation status -o json
+    """
+
+    async def main() -> dict[str, Any]:
+        async with connected(shared) as cluster:
+            return await overview(cluster)
+
+    found = run(main)
+    if render.document(shared, found):
+        return
+    render.write(f"cluster  {render.clean(found['cluster'])} at {render.clean(found['server'])}")
+    render.write(f"leader   {render.clean(found['leader'] or 'none')}")
+    render.write(f"nodes    {_counts(found['nodes'], 'up')}")
+    render.write(f"agents   {_counts(found['agents'], 'running')}")
+    if found["deployments"]:
+        render.write("")
+        render.table(DEPLOYMENT_COLUMNS, found["deployments"])
+
+
+@with_shared
+def nodes(shared: Shared) -> None:
+    """List the nodes.
+
+    Example: foundation nodes -o json
+    """
+
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            return render.plain(await cluster.nodes.list())
+
+    found = run(main)
+    if not render.document(shared, found):
+        render.table(NODE_COLUMNS, found, empty="No nodes. Start one with `foundation node start`.")
+
+
+@with_shared
+def agents(
+    shared: Shared,
+    node: Annotated[
+        str | None,
+        typer.Option(metavar="NODE", help="Only on this node.", autocompletion=complete.nodes),
+    ] = None,
+    capability: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only with this capability.")
+    ] = None,
+    status: Annotated[
+        str | None, typer.Option(metavar="WORD", help=f"Only {', '.join(AGENT_STATUSES)}.")
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Only of this deployment.", autocompletion=complete.deployments
+        ),
+    ] = None,
+) -> None:
+    """List the agents.
+
+    Example: foundation agents --status pending
+    """
+    if status is not None and status not in AGENT_STATUSES:
+        raise typer.BadParameter(
+            f"{status!r} is none of {', '.join(AGENT_STATUSES)}.", param_hint="--status"
+        )
+
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            return render.plain(
+                await cluster.agents.list(
+                    node=node, capability=capability, status=status, deployment=deployment
+                )
+            )
+
+    found = run(main)
+    if not render.document(shared, found):
+        render.table(AGENT_COLUMNS, found, empty="No such agents.")
+
+
+@with_shared
+def agent(
+    shared: Shared,
+    id: Annotated[
+        str, typer.Argument(metavar="ID", help="The agent's id.", autocompletion=complete.agents)
+    ],
+) -> None:
+    """Show one agent: where it runs, since when, and its stored state.
+
+    Example: foundation agent visits
+    """
+
+    async def main() -> dict[str, Any]:
+        async with connected(shared) as cluster:
+            info = await get_agent(cluster, id)
+            found: dict[str, Any] = {"schema": f"{render.SCHEMA}/agent", **render.plain(info)}
+            found["stored"] = render.plain(await cluster.agents.state(id))
+            return found
+
+    found = run(main)
+    if render.document(shared, found):
+        return
+    recovered = found.get("recovered_from")
+    stored = found.get("stored")
+    items: list[tuple[str, object]] = [
+        ("id", found["id"]),
+        ("status", found["status"]),
+        ("reason", found.get("reason")),
+        ("node", found["node"]),
+        ("epoch", found["epoch"]),
+        ("since", render.age(found.get("since"))),
+        ("run", found.get("run")),
+        ("deployment", found["deployment"]),
+        ("critical", found.get("critical")),
+        ("capabilities", ",".join(found["capabilities"])),
+    ]
+    if recovered:
+        items.append(
+            (
+                "recovered",
+                f"from {recovered['node']}, epoch {recovered['epoch']}: {recovered['reason']}",
+            )
+        )
+    if stored:
+        items += [
+            ("commits", stored.get("commit")),
+            ("cursor", stored.get("cursor")),
+            ("outbox", _count(stored.get("outbox"))),
+            ("state", render.json_text(stored.get("state"))),
+        ]
+    render.record(items)
+
+
+async def get_agent(cluster: Cluster, id: str) -> Any:
+    """The agent *id*.
+
+    Raises:
+        AgentNotFoundError: there is none; its hint names the ones that look like it.
+    """
+    from foundation_nats.errors import AgentNotFoundError
+
+    try:
+        return await cluster.agents.get(id)
+    except AgentNotFoundError as error:
+        ids = [item.id for item in await cluster.agents.list()]
+        raise AgentNotFoundError(
+            f"There is no agent {id!r} in cluster {cluster.name!r}.",
+            hint=did_you_mean(id, ids) or "`foundation agents` lists them.",
+            **error.details,
+        ) from error
+
+
+def did_you_mean(word: str, known: list[str]) -> str | None:
+    """A question that names the known words nearest to *word*; None where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(repr(item) for item in near)}?" if near else None
+
+
+@with_shared
+def deployments(shared: Shared) -> None:
+    """List the deployments: what is wished, and what runs.
+
+    Example: foundation deployments -o yaml
+    """
+
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            return render.plain(await cluster.deployments.list())
+
+    found = run(main)
+    if not render.document(shared, found):
+        render.table(
+            DEPLOYMENT_COLUMNS,
+            found,
+            empty="No deployments. Make one with `foundation deploy MANIFEST`.",
+        )
+
+
+@with_shared
+def leader(shared: Shared) -> None:
+    """Show which node leads the cluster, and its term.
+
+    Example: foundation leader
+    """
+
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            lease = await cluster.leader()
+            if lease is None:
+                from foundation_nats.errors import NotFoundError
+
+                raise NotFoundError(
+                    f"Cluster {cluster.name!r} has no leader now.",
+                    hint="One is elected within seconds once a node is up; see `foundation nodes`.",
+                )
+            return {"schema": f"{render.SCHEMA}/leader", **render.plain(lease)}
+
+    found = run(main)
+    if not render.document(shared, found):
+        render.record([(name, found[name]) for name in ("holder", "term", "incarnation", "ttl_s")])
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to *app*."""
+    for command in (status, nodes, agents, agent, deployments, leader):
+        app.command()(command)

@@ -1,0 +1,1 @@
+"""Examples: small programs that show one thing each; run from the project directory."""

@@ -1,0 +1,74 @@
+"""Clusters of stateful agents over nothing but NATS: the public names, and nothing else.
+
+The names are loaded when they are first used, so that importing the package
+is cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from foundation_nats.agent.agent import Agent, Context, Signal, on
+    from foundation_nats.agent.state import State
+    from foundation_nats.api.cluster import Cluster
+    from foundation_nats.api.node import Node, NodeOptions
+    from foundation_nats.api.refs import AgentInfo, AgentRef, NodeInfo
+    from foundation_nats.config import Config
+    from foundation_nats.errors import FoundationError
+    from foundation_schemas import Receipt, RecoveredFrom, Target
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Agent": "foundation_nats.agent.agent",
+    "AgentInfo": "foundation_nats.api.refs",
+    "AgentRef": "foundation_nats.api.refs",
+    "Cluster": "foundation_nats.api.cluster",
+    "Config": "foundation_nats.config",
+    "Context": "foundation_nats.agent.agent",
+    "FoundationError": "foundation_nats.errors",
+    "Node": "foundation_nats.api.node",
+    "NodeInfo": "foundation_nats.api.refs",
+    "NodeOptions": "foundation_nats.api.node",
+    "Receipt": "foundation_schemas",
+    "RecoveredFrom": "foundation_schemas",
+    "Signal": "foundation_nats.agent.agent",
+    "State": "foundation_nats.agent.state",
+    "Target": "foundation_schemas",
+    "on": "foundation_nats.agent.agent",
+}
+
+__all__ = [
+    "Agent",
+    "AgentInfo",
+    "AgentRef",
+    "Cluster",
+    "Config",
+    "Context",
+    "FoundationError",
+    "Node",
+    "NodeInfo",
+    "NodeOptions",
+    "Receipt",
+    "RecoveredFrom",
+    "Signal",
+    "State",
+    "Target",
+    "on",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,894 @@
+"""`Activation`: one agent in memory under one epoch: intake, handling, commit, outbox.
+
+It consumes its mailbox in order and exactly once: a live copy with a sequence
+at or below the cursor was seen; one whose ``Nats-Last-Sequence`` lies above
+the cursor shows a gap, and the stream is read instead. Only *greater than* is
+a gap, because trimming lowers that number.
+
+Effects become visible in one step, the compare-and-set of the record that
+holds state, cursor and outbox. While a commit is in flight further signals are
+handled, and the next commit covers them all. Replies and emitted signals leave
+only after the commit that holds their cause. Emitted signals for one receiver
+are published one after the other, so that their order survives a retry.
+
+After a commit whose outcome is unknown nothing is guessed: the record is read
+from the leader and its writer compared (`Runtime.resolve`).
+
+Obligations of the caller (`runtime.py`): claim the record before `open`, feed
+`on_message` in order of arrival, call `resume` when the right to answer or the
+connection is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import ValidationError
+
+from foundation_nats.agent.agent import (
+    Agent,
+    Emission,
+    Handling,
+    Signal,
+    handlings,
+    start_arguments,
+)
+from foundation_nats.agent.record import OutboxItem, encode_record
+from foundation_nats.agent.state import dump_state, load_state
+from foundation_nats.base.clock import utc_text
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.bus.rpc import REPLY_PREFIX, error_body, to_json
+from foundation_nats.bus.streams import PubAck, StoredMessage
+from foundation_nats.bus.wire import Message, Route
+from foundation_nats.errors import (
+    AgentUnavailableError,
+    BusError,
+    FoundationError,
+    HandlerError,
+    PayloadInvalidError,
+    PayloadTooLargeError,
+    StateTooLargeError,
+    UnhandledSignalError,
+)
+from foundation_nats.signaling.envelope import emitted_id, encode_envelope
+from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom, TargetKind
+
+if TYPE_CHECKING:
+    from foundation_nats.agent.runtime import Runtime
+
+_UNCOMMITTED_MAX = 256
+_TRACEBACK_MAX = 8000
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A signal in hand's reach: its place in the mailbox, and the envelope's bytes."""
+
+    sequence: int
+    data: bytes
+
+
+@dataclass(slots=True)
+class _Ask:
+    """A question that waits for its turn."""
+
+    reply: str
+    data: bytes
+
+
+class _Start:
+    """The first item of every activation: `on_start`."""
+
+
+class _Abandon(Exception):
+    """The activation ends here; what is in hand is left to its successor."""
+
+
+class Activation:
+    """One agent under one epoch."""
+
+    __slots__ = (
+        "_awaiting",
+        "_handlings",
+        "_kind",
+        "_waiting",
+        "agent",
+        "behind",
+        "cautious",
+        "commit_no",
+        "committed_cursor",
+        "committed_outbox",
+        "cursor",
+        "dirty",
+        "emitted",
+        "epoch",
+        "failure",
+        "fetched",
+        "id",
+        "in_flight",
+        "outbox",
+        "outbox_bytes",
+        "queue",
+        "record",
+        "recovered",
+        "recovered_at",
+        "revision",
+        "route",
+        "runtime",
+        "salt",
+        "scheduled",
+        "seen",
+        "starting",
+        "state_json",
+        "stopped",
+        "stopping",
+        "task",
+        "uncommitted",
+    )
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        record: AgentRecord,
+        agent: Agent,
+        *,
+        state_json: bytes,
+        cursor: int,
+        commit_no: int,
+        revision: int,
+        salt: str,
+        emitted: int,
+        outbox: list[OutboxItem],
+        recovered: RecoveredFrom | None,
+    ) -> None:
+        self.runtime = runtime
+        self.record = record
+        self.id = record.id
+        self.epoch = record.epoch
+        self.agent = agent
+        self._kind = type(agent).State
+        self._handlings = handlings(type(agent))
+        self.recovered = recovered
+        self.recovered_at = ""
+        """The server's time of the record that this activation continues."""
+        self.state_json = state_json
+        """The state after the last handled signal."""
+        self.cursor = cursor
+        """The last handled signal; what is committed may lie behind."""
+        self.committed_cursor = cursor
+        self.fetched = cursor
+        """The last signal taken into `queue`."""
+        self.seen = 0
+        """The highest sequence heard of; catching up goes on until it is reached."""
+        self.commit_no = commit_no
+        self.revision = revision
+        self.salt = salt
+        self.emitted = emitted
+        self.outbox: dict[str, OutboxItem] = {item.msg_id: item for item in outbox}
+        """Emitted and not yet acknowledged by the stream, in order."""
+        self.outbox_bytes = sum(len(item.body) for item in outbox)
+        self.committed_outbox = len(outbox)
+        """How many of them the stored record holds."""
+        self._waiting: dict[str, deque[OutboxItem]] | None = None
+        self._awaiting: list[tuple[str, bytes]] = []
+        """Replies that leave with the commit in flight or the next one."""
+        self.queue: deque[_Stored | _Ask | _Start] | None = None
+        self.route: Route | None = None
+        self.scheduled = False
+        self.behind = False
+        self.cautious = False
+        """Mark the attempt in the record first: the last activation died with its worker."""
+        self.dirty = False
+        self.in_flight: list[Any] | None = None
+        self.uncommitted = 0
+        self.starting = True
+        self.stopping: str | None = None
+        self.stopped: asyncio.Future[None] | None = None
+        self.failure: str | None = None
+        self.task: asyncio.Task[Any] | None = None
+
+    # ---- intake -----------------------------------------------------------------
+
+    def on_message(self, message: Message) -> None:
+        """Take a live copy or an ask off the wire."""
+        if message.subject.endswith(".live"):
+            self._on_live(message)
+        elif message.subject.endswith(".ask") and message.reply.startswith(REPLY_PREFIX):
+            self._on_ask(message)
+
+    def _on_live(self, message: Message) -> None:
+        failpoint("live.received")
+        sequence = int(message.header(b"Nats-Sequence") or b"0")
+        if sequence <= self.fetched:
+            return
+        if sequence > self.seen:
+            self.seen = sequence
+        if self.behind:
+            return
+        if int(message.header(b"Nats-Last-Sequence") or b"0") > self.fetched or (
+            self.queue is not None and len(self.queue) >= self.runtime.in_memory_max
+        ):
+            self.fall_behind()
+            return
+        self.fetched = sequence
+        self._put(_Stored(sequence, message.data))
+
+    def _on_ask(self, message: Message) -> None:
+        if self.stopping is not None or not self.runtime.is_valid():
+            self._refuse(message.reply)
+            return
+        if self.queue is not None and len(self.queue) >= 2 * self.runtime.in_memory_max:
+            self._send_reply(
+                message.reply,
+                orjson.dumps(
+                    error_body(AgentUnavailableError(f"{self.id} has too much to do.", busy=True))
+                ),
+            )
+            return
+        self._put(_Ask(message.reply, message.data))
+
+    def _refuse(self, reply: str) -> None:
+        error = AgentUnavailableError(
+            f"{self.id} may not answer on {self.runtime.node} now: "
+            "the node is stopping, or not sure that it still holds the agent.",
+            hint="Ask again.",
+        )
+        self._send_reply(reply, orjson.dumps(error_body(error)))
+
+    def _put(self, item: _Stored | _Ask | _Start) -> None:
+        if self.queue is None:
+            self.queue = deque()
+        self.queue.append(item)
+        self.runtime.pool.submit(self)
+
+    def begin(self) -> None:
+        """Queue `on_start` before everything else."""
+        self._put(_Start())
+
+    def fall_behind(self) -> None:
+        """Drop live copies from now on and read the stream instead."""
+        if not self.behind:
+            self.behind = True
+            self.runtime.catch_up(self)
+
+    def take_page(self, messages: list[StoredMessage], more: bool) -> bool:
+        """Take what the stream holds beyond `fetched`; True when caught up."""
+        for message in messages:
+            if message.sequence > self.fetched:
+                self.fetched = message.sequence
+                self._put(_Stored(message.sequence, message.data))
+        if not more and self.fetched >= self.seen:
+            self.behind = False
+            return True
+        return False
+
+    @property
+    def backlog(self) -> int:
+        """Signals and asks in memory."""
+        return 0 if self.queue is None else len(self.queue)
+
+    # ---- handling ---------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on, if there is anything to do."""
+        if self.queue or self.stopping is not None:
+            self.runtime.pool.submit(self)
+
+    async def run(self) -> None:
+        """Handle what is queued; called by one runner at a time."""
+        if self.task is not None or self.route is None:
+            return
+        self.task = asyncio.current_task()
+        try:
+            while self.queue and self.stopping is None:
+                if (
+                    self.uncommitted >= _UNCOMMITTED_MAX
+                    or len(self.outbox) >= self.runtime.outbox_max
+                    or self.outbox_bytes >= self.runtime.outbox_max_bytes
+                ):
+                    break
+                item = self.queue[0]
+                if isinstance(item, _Ask):
+                    self.queue.popleft()
+                    await self._handle_ask(item)
+                    continue
+                if not self.runtime.is_valid():
+                    self.runtime.park(self)
+                    break
+                if isinstance(item, _Start):
+                    await self._start()
+                else:
+                    await self._handle_stored(item)
+                if self.queue:
+                    self.queue.popleft()
+        except _Abandon:
+            return
+        except asyncio.CancelledError:
+            if self.stopping is None:
+                raise
+            current = asyncio.current_task()
+            if current is not None:
+                current.uncancel()
+        except FoundationError as error:
+            self.fail(error)
+            return
+        finally:
+            self.task = None
+        if self.queue is not None and not self.queue:
+            self.queue = None
+        self.commit()
+        if self.stopping is not None:
+            await self._finish()
+        elif self.behind and self.backlog <= self.runtime.in_memory_max // 2:
+            self.runtime.catch_up(self)
+
+    async def _start(self) -> None:
+        agent = self.agent
+        agent.ctx._begin(None)
+        try:
+            await agent.on_start(**start_arguments(type(agent), self.recovered))
+            state = self._checked_state()
+        except FoundationError:
+            raise
+        except Exception as error:
+            self.runtime.log.warning("on_start failed", agent=self.id, exc_info=error)
+            raise HandlerError(
+                f"on_start raised {type(error).__name__}: {error}", traceback=_trace(error)
+            ) from error
+        self._effects(state, seed=f"start-{self.epoch}")
+        self.starting = False
+        if self.dirty:
+            # Running means that what on_start did is stored.
+            self.commit()
+            await self._wait_committed()
+        failpoint("report_running")
+        self.runtime.report_running(self)
+
+    async def _handle_stored(self, item: _Stored) -> None:
+        if item.sequence <= self.cursor:
+            return
+        if self.cautious:
+            if not await self._mark_attempt(item):
+                return
+        try:
+            body = orjson.loads(item.data)
+            signal_type, signal_id, source = body["type"], body["id"], body["source"]
+            data = body.get("data")
+            if not (
+                isinstance(signal_type, str)
+                and isinstance(signal_id, str)
+                and isinstance(source, str)
+                and body.get("specversion") == "1.0"
+            ):
+                raise ValueError("not a CloudEvents 1.0 envelope")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self._bury(item, None, _malformed(item.data, error), attempts=1)
+            return
+        handling = self._handlings.get(signal_type)
+        if handling is None and not signal_type.startswith("cluster."):
+            self._bury(item, body, self._unhandled(signal_type), attempts=1)
+            return
+        try:
+            data = _payload(handling, signal_type, data)
+        except PayloadInvalidError as error:
+            self._bury(item, body, error, attempts=1)
+            return
+        attempt = 1
+        while True:
+            signal = Signal(
+                id=signal_id,
+                source=source,
+                type=signal_type,
+                data=data,
+                time=body.get("time"),
+                cause=body.get("cause"),
+                traceparent=body.get("traceparent"),
+                sequence=item.sequence,
+                attempt=attempt,
+            )
+            failure = await self._try(handling, signal)
+            if failure is None:
+                self.cursor = item.sequence
+                self.dirty = True
+                self.uncommitted += 1
+                return
+            if isinstance(failure, StateTooLargeError):
+                raise failure
+            if attempt >= self.runtime.attempts_max:
+                self._bury(item, body, failure, attempts=attempt)
+                return
+            self.commit()
+            await asyncio.sleep(self.runtime.retry_delay(attempt))
+            if self.stopping is not None:
+                raise asyncio.CancelledError
+            if not self.runtime.is_valid():
+                self.runtime.park(self)
+                raise _Abandon
+            attempt += 1
+            if handling is not None and handling.adapter is not None:
+                data = _payload(handling, signal_type, body.get("data"))
+
+    async def _try(self, handling: Handling | None, signal: Signal[Any]) -> FoundationError | None:
+        """Handle one signal; effects are kept only if this returns None."""
+        try:
+            await self._call(handling, signal)
+            state = self._checked_state()
+            self._effects(state, seed=str(signal.sequence), signal=signal)
+            return None
+        except asyncio.CancelledError:
+            self._roll_back()
+            raise
+        except FoundationError as error:
+            self._roll_back()
+            return error
+        except Exception as error:
+            self._roll_back()
+            return HandlerError(f"{type(error).__name__}: {error}", traceback=_trace(error))
+
+    async def _call(self, handling: Handling | None, signal: Signal[Any]) -> Any:
+        failpoint("handle.before")
+        agent = self.agent
+        agent.ctx._begin(signal)
+        timeout = self.runtime.handler_timeout_s
+        if handling is None:
+            result = await agent.handle_cluster_signal(signal)
+        elif not handling.is_async:
+            result = handling.function(agent, signal)
+        elif timeout is None:
+            result = await handling.function(agent, signal)
+        else:
+            try:
+                async with asyncio.timeout(timeout):
+                    result = await handling.function(agent, signal)
+            except TimeoutError as error:
+                raise HandlerError(
+                    f"The handler of {signal.type} took longer than {timeout:g} s."
+                ) from error
+        failpoint("handle.after")
+        return result
+
+    def _checked_state(self) -> bytes:
+        state = dump_state(self.agent.state)
+        if len(state) > self.runtime.state_max_bytes:
+            raise StateTooLargeError(
+                f"The state of {self.id} would be {len(state):,} bytes; the limit is "
+                f"{self.runtime.state_max_bytes:,}. Nothing was stored.",
+                hint="Keep large data elsewhere, or split the agent.",
+            )
+        return state
+
+    def _roll_back(self) -> None:
+        self.agent.state = load_state(self._kind, self.state_json)
+        self.agent.ctx._emissions = []
+
+    def _effects(self, state: bytes, *, seed: str, signal: Signal[Any] | None = None) -> None:
+        """Keep what a handler did, for the next commit; all of it, or an error and nothing.
+
+        *seed* is the same whenever this cause is handled again, and of no other cause.
+        """
+        context = self.agent.ctx
+        items = self._emitted_items(context._emissions, seed, signal) if context._emissions else ()
+        for item in items:
+            self.outbox[item.msg_id] = item
+            self.outbox_bytes += len(item.body)
+            self.emitted += 1
+            self.dirty = True
+        context._emissions = []
+        if state != self.state_json:
+            self.state_json = state
+            self.dirty = True
+        if context._stop_reason is not None and self.stopping is None:
+            reason, context._stop_reason = context._stop_reason, None
+            self.runtime.stop_one(self, reason)
+
+    def _emitted_items(
+        self, emissions: list[Emission], seed: str, signal: Signal[Any] | None
+    ) -> list[OutboxItem]:
+        runtime = self.runtime
+        items = []
+        size = 0
+        for index, emission in enumerate(emissions):
+            target = str(emission.target)
+            msg_id = emitted_id(self.salt, seed, index, target)
+            subject = (
+                runtime.subjects.mailbox(emission.target.name)
+                if emission.target.kind is TargetKind.AGENT
+                else runtime.subjects.route(emission.target)
+            )
+            body = encode_envelope(
+                id=msg_id,
+                source=f"agent:{self.id}",
+                type=emission.type,
+                target=target,
+                data=emission.data,
+                traceparent=None if signal is None else signal.traceparent,
+                cause=None if signal is None else signal.id,
+            )
+            size += len(body)
+            items.append(OutboxItem(subject, msg_id, body))
+        if size > runtime.emit_max_bytes:
+            raise PayloadTooLargeError(
+                f"{self.id} emitted {size:,} bytes for one signal; "
+                f"the limit is {runtime.emit_max_bytes:,}.",
+                hint="Emit references to the data, or spread it over several signals.",
+            )
+        return items
+
+    def _unhandled(self, signal_type: str) -> UnhandledSignalError:
+        known = ", ".join(sorted(self._handlings)) or "none"
+        return UnhandledSignalError(
+            f"{type(self.agent).__qualname__} ({self.id}) has no handler for {signal_type!r}; "
+            f"it handles: {known}.",
+            agent=self.id,
+            type=signal_type,
+        )
+
+    def _bury(
+        self,
+        item: _Stored,
+        body: dict[str, Any] | None,
+        error: FoundationError,
+        *,
+        attempts: int,
+    ) -> None:
+        """Give the signal up: the dead letter is part of the commit that moves the cursor past it."""
+        failpoint("deadletter.before_ack")
+        trace = error.details.get("traceback")
+        raw = None if body is not None else item.data[:_TRACEBACK_MAX].decode("utf-8", "replace")
+        letter = DeadLetter(
+            agent=self.id,
+            signal=body,
+            raw=raw,
+            sequence=item.sequence,
+            code=error.code,
+            reason=str(error),
+            attempts=attempts,
+            traceback=trace,
+            at=utc_text(),
+        )
+        subject = self.runtime.subjects.dead(self.id)
+        payload = letter.model_dump_json(exclude_none=True).encode()
+        try:
+            self.runtime.check_size(subject, payload)
+        except PayloadTooLargeError:
+            brief = letter.model_copy(update={"signal": None, "raw": None})
+            payload = brief.model_dump_json(exclude_none=True).encode()
+        msg_id = emitted_id(self.salt, str(item.sequence), -1, subject)
+        self.outbox[msg_id] = OutboxItem(subject, msg_id, payload)
+        self.outbox_bytes += len(payload)
+        self.cursor = item.sequence
+        self.dirty = True
+        self.uncommitted += 1
+        self.runtime.log.warning(
+            "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
+        )
+
+    async def _mark_attempt(self, item: _Stored) -> bool:
+        """Write down that this signal is about to be handled; False: it killed too many workers."""
+        stored = self.runtime.attempts.get(self.id)
+        tries = stored[1] if stored is not None and stored[0] == item.sequence else 0
+        if tries >= self.runtime.attempts_max:
+            self.runtime.attempts.pop(self.id, None)
+            self.cautious = False
+            body: dict[str, Any] | None
+            try:
+                body = orjson.loads(item.data)
+            except ValueError:
+                body = None
+            error = HandlerError(
+                f"Handling it ended the worker process {tries} times "
+                "(a crash in native code, an exit, or too much memory)."
+            )
+            self._bury(item, body, error, attempts=tries)
+            return False
+        self.runtime.attempts[self.id] = (item.sequence, tries + 1)
+        self.dirty = True
+        self.commit()
+        await self._wait_committed()
+        return True
+
+    # ---- asks -------------------------------------------------------------------
+
+    async def _handle_ask(self, item: _Ask) -> None:
+        if not self.runtime.is_valid() or self.starting:
+            self._refuse(item.reply)
+            return
+        try:
+            body = orjson.loads(item.data)
+            Envelope.model_validate(body)
+        except (ValueError, RecursionError) as error:
+            self._send_reply(item.reply, orjson.dumps(error_body(_malformed(item.data, error))))
+            return
+        signal_type = body["type"]
+        handling = self._handlings.get(signal_type)
+        result: Any = None
+        failure: FoundationError | None = None
+        before = self.state_json, len(self.outbox)
+        try:
+            if handling is None and not signal_type.startswith("cluster."):
+                raise self._unhandled(signal_type)
+            signal = Signal(
+                id=body["id"],
+                source=body["source"],
+                type=signal_type,
+                data=_payload(handling, signal_type, body.get("data")),
+                time=body.get("time"),
+                traceparent=body.get("traceparent"),
+            )
+            result = to_json(await self._call(handling, signal))
+            self._effects(
+                self._checked_state(), seed=f"ask-{self.epoch}-{self.emitted}", signal=signal
+            )
+        except asyncio.CancelledError:
+            self._roll_back()
+            self._refuse(item.reply)
+            raise
+        except FoundationError as error:
+            failure = error
+        except Exception as error:
+            failure = HandlerError(f"{type(error).__name__}: {error}", traceback=_trace(error))
+        if failure is not None:
+            self._roll_back()
+            reply = orjson.dumps(error_body(failure))
+        else:
+            reply = b'{"ok":%b}' % result
+        if (self.state_json, len(self.outbox)) != before:
+            self.uncommitted += 1
+        if self.dirty or self.in_flight is not None:
+            # The answer may rest on effects that are not stored yet.
+            self._awaiting.append((item.reply, reply))
+        elif self.runtime.is_valid():
+            self._send_reply(item.reply, reply)
+        else:
+            self._refuse(item.reply)
+
+    def _send_reply(self, reply: str, body: bytes) -> None:
+        try:
+            self.runtime.bus.publish(reply, body)
+        except PayloadTooLargeError as error:
+            self.runtime.bus.publish(reply, orjson.dumps(error_body(error)))
+        except BusError:
+            pass  # the asker's time-out tells it that the outcome is unknown
+
+    # ---- commit -----------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Store what is dirty, unless a commit is in flight: then the next one covers it."""
+        if not self.dirty or self.in_flight is not None or self.failure is not None:
+            return
+        if not self.agent.durable:
+            self._commit_nothing()
+            return
+        failpoint("commit.before_cas")
+        items = list(self.outbox.values())
+        payload = encode_record(
+            epoch=self.epoch,
+            commit=self.commit_no + 1,
+            writer=self.runtime.writer_json,
+            cursor=self.cursor,
+            run=self.record.spec.run,
+            state=self.state_json,
+            salt=self.salt,
+            emitted=self.emitted,
+            outbox=items,
+            attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
+        )
+        self.commit_no += 1
+        self.in_flight = [payload, self.cursor, items, self._awaiting]
+        self._awaiting = []
+        self.dirty = False
+        self.uncommitted = 0
+        self.store()
+
+    def _commit_nothing(self) -> None:
+        self.dirty = False
+        self.uncommitted = 0
+        self.committed_cursor = self.cursor
+        self.runtime.moved(self)
+        awaiting, self._awaiting = self._awaiting, []
+        for reply, body in awaiting:
+            self._send_reply(reply, body)
+        self._publish(list(self.outbox.values()))
+
+    def store(self) -> None:
+        """Send the commit in flight (again)."""
+        assert self.in_flight is not None
+        try:
+            self.runtime.state.replace_nowait(
+                self.id, self.in_flight[0], expected=self.revision, on_ack=self._on_stored
+            )
+        except PayloadTooLargeError as error:
+            self.fail(StateTooLargeError(f"The record of {self.id} does not fit: {error}"))
+        except BusError:
+            self.runtime.resolve(self)
+
+    def _on_stored(self, ack: PubAck | FoundationError) -> None:
+        if self.in_flight is None:
+            return
+        if isinstance(ack, PubAck):
+            self.stored_as(ack.sequence)
+        else:
+            self.runtime.resolve(self)
+
+    def stored_as(self, revision: int) -> None:
+        """The commit in flight is stored: let its replies and emitted signals go."""
+        assert self.in_flight is not None
+        _, cursor, items, awaiting = self.in_flight
+        self.in_flight = None
+        self.revision = revision
+        self.committed_cursor = cursor
+        self.committed_outbox = len(items)
+        failpoint("commit.after_cas_before_outbox")
+        self.runtime.moved(self)
+        for reply, body in awaiting:
+            self._send_reply(reply, body)
+        if items:
+            self._publish(items)
+        if self.dirty:
+            self.commit()
+        if self.in_flight is None and self.outbox == {} and self.committed_outbox:
+            self.runtime.clear_later(self)
+        self.runtime.committed(self)
+        self.resume()
+
+    async def _wait_committed(self) -> None:
+        while self.dirty or self.in_flight is not None:
+            if self.failure is not None:
+                raise _Abandon
+            self.commit()
+            await self.runtime.next_commit(self)
+
+    # ---- outbox -----------------------------------------------------------------
+
+    def _publish(self, items: list[OutboxItem]) -> None:
+        """Publish stored items that are not on their way yet, in order per receiver."""
+        if self._waiting is None:
+            self._waiting = {}
+        for item in items:
+            if item.msg_id not in self.outbox:
+                continue
+            line = self._waiting.get(item.subject)
+            if line is None:
+                self._waiting[item.subject] = deque((item,))
+                self._publish_head(item.subject)
+            elif item not in line:
+                line.append(item)
+
+    def _publish_head(self, subject: str) -> None:
+        if self._waiting is None or self.failure is not None:
+            return
+        line = self._waiting[subject]
+        item = line[0]
+
+        def on_ack(ack: PubAck | FoundationError) -> None:
+            if isinstance(ack, PubAck):
+                failpoint("outbox.mid")
+                if self.outbox.pop(item.msg_id, None) is not None:
+                    self.outbox_bytes -= len(item.body)
+                line.popleft()
+                if line:
+                    self._publish_head(subject)
+                else:
+                    self._published(subject)
+            else:
+                self.runtime.publish_later(self, subject, ack)
+
+        self.runtime.append(subject, item, on_ack)
+
+    def publish_again(self, subject: str) -> None:
+        """Try the head of *subject*'s line once more."""
+        if self._waiting is not None and subject in self._waiting:
+            self._publish_head(subject)
+
+    def _published(self, subject: str) -> None:
+        assert self._waiting is not None
+        del self._waiting[subject]
+        if not self._waiting:
+            self._waiting = None
+            failpoint("outbox.after")
+            self.runtime.committed(self)
+            if self.committed_outbox and self.agent.durable:
+                self.runtime.clear_later(self)
+        if self.stopping is not None or self.queue:
+            self.resume()
+
+    def publish_recovered(self) -> None:
+        """Publish what the record of the earlier activation had not yet published."""
+        if self.outbox:
+            self._publish(list(self.outbox.values()))
+
+    # ---- end --------------------------------------------------------------------
+
+    def stop(self, reason: str) -> asyncio.Future[None]:
+        """Finish the signal in hand, store, publish, end; resolves when that is done."""
+        if self.stopped is None:
+            self.stopped = asyncio.get_running_loop().create_future()
+        if self.stopping is None:
+            self.stopping = reason
+            if self.task is None:
+                self.runtime.pool.submit(self)
+        return self.stopped
+
+    async def _finish(self) -> None:
+        assert self.stopping is not None
+        if self.stopped is not None and self.stopped.done():
+            return
+        if self.route is not None:
+            self.runtime.bus.unsubscribe(self.route)
+        if not self.starting and self.failure is None:
+            self.agent.ctx._begin(None)
+            try:
+                async with asyncio.timeout(5):
+                    await self.agent.on_stop(self.stopping)
+                self._effects(self._checked_state(), seed=f"stop-{self.epoch}")
+            except Exception as error:
+                self.runtime.log.warning("on_stop failed", agent=self.id, exc_info=error)
+                self._roll_back()
+            self.starting = True  # on_stop runs once
+        self.refuse_queued()
+        try:
+            async with asyncio.timeout(self.runtime.stop_timeout_s):
+                await self._wait_committed()
+                while self.outbox:
+                    await self.runtime.next_commit(self)
+                if self.committed_outbox and self.agent.durable and self.runtime.is_valid():
+                    self.dirty = True
+                    await self._wait_committed()
+        except (TimeoutError, _Abandon):
+            pass  # the record holds the outbox; the next activation publishes it
+        self.runtime.ended(self)
+
+    def refuse_queued(self) -> None:
+        """Tell waiting askers that they must ask elsewhere."""
+        for item in self.queue or ():
+            if isinstance(item, _Ask):
+                self._refuse(item.reply)
+        self.queue = None
+
+    def fail(self, error: FoundationError) -> None:
+        """End at once because of *error*; nothing more is stored."""
+        if self.failure is not None:
+            return
+        self.failure = str(error)
+        if self.route is not None:
+            self.runtime.bus.unsubscribe(self.route)
+        for reply, _ in self._awaiting + (self.in_flight[3] if self.in_flight else []):
+            self._send_reply(reply, orjson.dumps(error_body(error)))
+        self._awaiting = []
+        self.refuse_queued()
+        self.runtime.failed(self, error)
+
+
+def _payload(handling: Handling | None, signal_type: str, data: Any) -> Any:
+    if handling is None or handling.adapter is None:
+        return data
+    try:
+        return handling.adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PayloadInvalidError(
+            f"The payload of {signal_type} is not valid: {where + ': ' if where else ''}"
+            f"{first['msg']}.",
+            type=signal_type,
+            errors=[
+                {"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]}
+                for item in error.errors(include_url=False, include_input=False)
+            ][:20],
+        ) from error
+
+
+def _malformed(data: bytes, error: Exception) -> PayloadInvalidError:
+    return PayloadInvalidError(
+        f"Not a CloudEvents 1.0 envelope in JSON: {type(error).__name__}: {str(error)[:200]}."
+    )
+
+
+def _trace(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error))
+    return text[-_TRACEBACK_MAX:]

@@ -1,0 +1,341 @@
+"""`Agent`, `on` and `Signal`: what users write.
+
+An agent is a class with a nested `State`, handlers marked with `on`, and
+optional hooks. It never meets NATS: a handler changes `self.state`, calls
+`self.emit` and returns the reply; the runtime stores all of it together, then
+publishes. A handler that raises leaves no trace.
+
+This module is independent of the cluster, so that agents run in plain tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import PydanticUserError, TypeAdapter
+
+from foundation_nats.agent.state import State
+from foundation_nats.errors import ConfigError
+from foundation_schemas import RecoveredFrom, Target
+from foundation_schemas.base import is_name
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Signal(Generic[T]):
+    """One signal as a handler sees it: the CloudEvents attributes, and `data` in the handler's type."""
+
+    __slots__ = (
+        "attempt",
+        "cause",
+        "data",
+        "id",
+        "sequence",
+        "source",
+        "time",
+        "traceparent",
+        "type",
+    )
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        source: str,
+        type: str,
+        data: T,
+        time: str | None = None,
+        cause: str | None = None,
+        traceparent: str | None = None,
+        sequence: int = 0,
+        attempt: int = 1,
+    ) -> None:
+        self.id = id
+        self.source = source
+        """``agent:<id>`` or ``client:<name>``."""
+        self.type = type
+        self.data = data
+        self.time = time
+        self.cause = cause
+        """The id of the signal whose handling emitted this one."""
+        self.traceparent = traceparent
+        self.sequence = sequence
+        """Its place in the mailbox; 0 for an ask."""
+        self.attempt = attempt
+        """1 at the first try; grows when the handler raised."""
+
+    def __repr__(self) -> str:
+        return f"Signal(type={self.type!r}, id={self.id!r}, source={self.source!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What a handler asked to be sent, once its effects are stored."""
+
+    target: Target
+    type: str
+    data: Any
+
+
+class Context:
+    """What a handler may know and call besides its state."""
+
+    __slots__ = (
+        "_emissions",
+        "_keys",
+        "_stop_reason",
+        "agent_id",
+        "config",
+        "epoch",
+        "node",
+        "signal",
+    )
+
+    def __init__(
+        self, agent_id: str, *, config: dict[str, Any] | None = None, node: str = "", epoch: int = 0
+    ) -> None:
+        self.agent_id = agent_id
+        self.config = config or {}
+        self.node = node
+        self.epoch = epoch
+        self.signal: Signal[Any] | None = None
+        """The signal in hand."""
+        self._emissions: list[Emission] = []
+        self._keys = 0
+        self._stop_reason: str | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key for an effect outside NATS, equal at every retry of the signal in hand.
+
+        Each reading within one handler gives the next key: ``<agent>.<signal>.<n>``.
+        Such effects are at least once (P8); a peer that honours the key makes them once.
+        """
+        self._keys += 1
+        cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
+        return f"{self.agent_id}.{cause}.{self._keys}"
+
+    def now(self) -> datetime:
+        """The wall clock, in UTC; differs between retries."""
+        return datetime.now(UTC)
+
+    @property
+    def random(self) -> random.Random:
+        """Randomness that repeats at every retry of the signal in hand."""
+        cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
+        return random.Random(f"{self.agent_id}.{cause}")
+
+    async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a blocking function in a thread, so that other agents go on."""
+        return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    def stop(self, reason: str = "stopped by itself") -> None:
+        """Stop this agent after the signal in hand; a permanent one is started again."""
+        self._stop_reason = reason
+
+    def _begin(self, signal: Signal[Any] | None) -> None:
+        self.signal = signal
+        self._emissions = []
+        self._keys = 0
+
+
+Handler = Callable[..., Any]
+
+
+def on(type: str) -> Callable[[Handler], Handler]:
+    """Mark a method as the handler of signals of *type*.
+
+    The method takes one `Signal`; the type in ``Signal[T]`` is what the payload
+    is validated against. It may be ``async`` or plain; a plain one must not block.
+    """
+    if not type or any(c.isspace() for c in type):
+        raise ConfigError(f"{type!r} is not a signal type: use words joined by dots")
+
+    def mark(function: Handler) -> Handler:
+        types = [*getattr(function, "__foundation_on__", ()), type]
+        function.__foundation_on__ = types  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """How one type of signal is handled."""
+
+    type: str
+    function: Handler
+    is_async: bool
+    adapter: TypeAdapter[Any] | None
+    """Validates the payload; None: it is passed as it came."""
+
+
+class Agent:
+    """A named object with typed state, a durable mailbox and handlers.
+
+    Subclass it. While it runs, one activation at a time handles one signal at
+    a time; between signals its state is stored. `self.state` is what the last
+    handler left; `self.id` is its name.
+    """
+
+    State: ClassVar[type[State]] = State
+    durable: ClassVar[bool] = True
+    """False: state lives in memory only, signals are at least once."""
+    capabilities: ClassVar[typing.Collection[str]] = ()
+    """What it provides: targets of ``capability:NAME`` and ``any:NAME``."""
+    critical: ClassVar[bool] = False
+    """Whether it is restarted elsewhere at once when its node is lost."""
+
+    state: Any
+    ctx: Context
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        seen: dict[str, str] = {}
+        for name, member in vars(cls).items():
+            for type_ in getattr(member, "__foundation_on__", ()):
+                if type_ in seen:
+                    raise ConfigError(
+                        f"{cls.__qualname__}: both {seen[type_]} and {name} handle {type_!r}"
+                    )
+                seen[type_] = name
+        if not (isinstance(cls.State, type) and issubclass(cls.State, State)):
+            raise ConfigError(
+                f"{cls.__qualname__}.State must be a subclass of foundation_nats.State"
+            )
+
+    def __init__(self) -> None:
+        """Take no arguments: configuration is in `self.config`, state in `self.state`."""
+
+    @property
+    def id(self) -> str:
+        """The agent's name."""
+        return self.ctx.agent_id
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The ``config`` of the manifest entry, or of `agents.start`."""
+        return self.ctx.config
+
+    def emit(self, type: str, data: Any = None, *, to: str | Target) -> None:
+        """Send a signal because of the one in hand, once its effects are stored.
+
+        It reaches the receiver's state exactly once, and not at all if this
+        handler raises. *data* is taken as it is now.
+
+        Raises:
+            ValueError: *to* is no target.
+            TypeError: *data* is not JSON.
+        """
+        target = to if isinstance(to, Target) else Target.parse(to)
+        if not type or any(c.isspace() for c in type):
+            raise ValueError(f"{type!r} is not a signal type")
+        self.ctx._emissions.append(Emission(target, type, _freeze(data)))
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Called before the first signal of every activation.
+
+        *recovered_from* names the earlier activation (node, epoch, reason) whose
+        state this one continues; None at the very first. A parameter named
+        ``recovered`` is given the same value.
+        """
+
+    async def on_stop(self, reason: str) -> None:
+        """Called when the agent is stopped in good order; not when its process dies."""
+
+    async def handle_cluster_signal(self, signal: Signal[Any]) -> Any:
+        """Called for signals of type ``cluster.*`` that have no handler of their own."""
+
+
+def _freeze(data: Any) -> Any:
+    import orjson
+
+    from foundation_nats.bus.rpc import to_json
+
+    return orjson.Fragment(to_json(data))
+
+
+@cache
+def handlings(cls: type[Agent]) -> dict[str, Handling]:
+    """The handlers of *cls* and its bases by signal type.
+
+    Raises:
+        ConfigError: a handler's payload type can't be resolved; names it.
+    """
+    found: dict[str, Handling] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            for type_ in getattr(member, "__foundation_on__", ()):
+                function = getattr(cls, name)  # a subclass may override it without the mark
+                found[type_] = Handling(
+                    type_,
+                    function,
+                    inspect.iscoroutinefunction(function),
+                    _adapter(cls, name, member),
+                )
+    return found
+
+
+def _adapter(cls: type[Agent], name: str, function: Handler) -> TypeAdapter[Any] | None:
+    parameters = list(inspect.signature(function).parameters.values())
+    where = f"{cls.__module__}.{cls.__qualname__}.{name}"
+    if len(parameters) != 2:
+        raise ConfigError(f"{where} must take one argument besides self: the signal")
+    annotation = parameters[1].annotation
+    if annotation is inspect.Parameter.empty:
+        return None
+    if isinstance(annotation, str):
+        try:
+            # Only this parameter: a return type may be imported for type checkers alone.
+            only = types.SimpleNamespace(__annotations__={"signal": annotation})
+            annotation = typing.get_type_hints(
+                only, globalns=function.__globals__, localns=dict(vars(cls))
+            )["signal"]
+        except NameError as error:
+            raise ConfigError(
+                f"{where}: the type {parameters[1].annotation!r} can't be resolved ({error}); "
+                "define it at the top of its module"
+            ) from error
+    arguments = typing.get_args(annotation)
+    if not arguments or arguments[0] is Any:
+        return None
+    try:
+        return TypeAdapter(arguments[0])
+    except PydanticUserError as error:
+        raise ConfigError(f"{where}: the payload type can't be validated: {error}") from error
+
+
+def start_arguments(cls: type[Agent], recovered: RecoveredFrom | None) -> dict[str, Any]:
+    """The keyword arguments that this class's `on_start` takes."""
+    names = inspect.signature(cls.on_start).parameters
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    offered = {"recovered_from": recovered, "recovered": recovered}
+    return {
+        name: value
+        for name, value in offered.items()
+        if name in names or (accepts_all and name == "recovered_from")
+    }
+
+
+def provided(cls: type[Agent]) -> list[str]:
+    """The capabilities the class declares.
+
+    Raises:
+        ConfigError: one of them is no valid name.
+    """
+    names = cls.capabilities
+    names = [names] if isinstance(names, str) else sorted(names)
+    for name in names:
+        if not is_name(name):
+            raise ConfigError(f"{cls.__qualname__}: {name!r} is not a valid capability name")
+    return names

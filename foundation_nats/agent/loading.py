@@ -1,0 +1,101 @@
+"""From ``module:Class`` to the class, with an error that says what is wrong with it.
+
+Imports run the user's code, so this happens in workers only, never in a
+manager or in the leader.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from foundation_nats.agent.agent import Agent, handlings, provided
+from foundation_nats.agent.state import dump_state, first_state
+from foundation_nats.errors import ConfigError, FoundationError
+from foundation_schemas import ClassInfo
+
+
+def run_name(cls: type[Agent]) -> str:
+    """``module:Class`` of a class that a worker can import.
+
+    Raises:
+        ConfigError: it was defined in ``__main__`` or inside a function.
+    """
+    if cls.__module__ == "__main__":
+        # `python demo.py` runs as __main__; workers can import it by its file name.
+        file = getattr(sys.modules["__main__"], "__file__", None)
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name if spec is not None else Path(file).stem if file else None
+        if module is None:
+            raise ConfigError(
+                f"{cls.__qualname__} is defined in an interactive session, where workers can't "
+                "import it: put it into a module"
+            )
+    else:
+        module = cls.__module__
+    if "<locals>" in cls.__qualname__:
+        raise ConfigError(
+            f"{cls.__qualname__} is defined inside a function, where workers can't import it: "
+            "move it to the top of its module"
+        )
+    return f"{module}:{cls.__qualname__}"
+
+
+def load_class(run: str) -> type[Agent]:
+    """Import the class and check that it can run.
+
+    Raises:
+        ConfigError: the module or class is missing, is no Agent, or declares something wrong.
+    """
+    module_name, _, class_name = run.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise ConfigError(
+                f"{run}: module {module_name!r} needs {error.name!r}, which is not installed"
+            ) from error
+        raise ConfigError(
+            f"{run}: there is no module {module_name!r} on this node "
+            "(looked in its working directory and PYTHONPATH)"
+        ) from error
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{run}: importing {module_name!r} failed: {type(error).__name__}: {error} "
+            f"({where.filename}:{where.lineno})"
+        ) from error
+    for part in class_name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise ConfigError(f"{run}: module {module_name!r} has no class {class_name!r}")
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ConfigError(f"{run}: {class_name!r} is not a subclass of foundation_nats.Agent")
+    handlings(found)
+    provided(found)
+    try:
+        dump_state(first_state(found.State))
+    except FoundationError as error:
+        raise ConfigError(f"{run}: {error}") from error
+    return found
+
+
+def describe(run: str) -> ClassInfo:
+    """What is behind *run* here, error included."""
+    try:
+        cls = load_class(run)
+    except ConfigError as error:
+        return ClassInfo(run=run, ok=False, error=str(error))
+    except SystemExit as error:
+        return ClassInfo(run=run, ok=False, error=f"{run}: importing it exits ({error})")
+    return ClassInfo(
+        run=run,
+        ok=True,
+        capabilities=provided(cls),
+        durable=cls.durable,
+        critical=cls.critical,
+        doc=(cls.__doc__ or "").strip().split("\n")[0] or None,
+        handles=sorted(handlings(cls)),
+    )

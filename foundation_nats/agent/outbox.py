@@ -1,0 +1,76 @@
+"""What of a recovered outbox must still be published: the answer that the stream itself gives.
+
+The ids of emitted signals are the same at every repeat, and the stream forgets
+an id only after its duplicate window, so a recovery soon after the crash just
+publishes again. Later the receivers' mailboxes are searched for the ids, from
+the time of the record on: an activation clears a published outbox within a
+second, so what it still held when it ended was emitted in its last moments,
+and consumed signals are kept for `trim_min_age_s` as evidence.
+
+All times compared here are the server's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from foundation_nats.bus.streams import StreamReader
+
+if TYPE_CHECKING:
+    from foundation_nats.agent.activation import Activation
+
+_SAFE_SHARE = 0.25
+_PAGES_MAX = 400
+
+
+def parse_time(text: str) -> datetime:
+    """A server's RFC 3339 time; nanoseconds are cut."""
+    head, dot, fraction = text.rstrip("Z").partition(".")
+    digits = (fraction if dot else "0")[:6].ljust(6, "0")
+    return datetime.fromisoformat(f"{head}.{digits}+00:00")
+
+
+async def drop_published(
+    reader_of: Callable[[str], StreamReader | None],
+    clock: StreamReader,
+    activation: Activation,
+    *,
+    window_s: float,
+) -> None:
+    """Drop from the activation's outbox what the streams already hold.
+
+    *reader_of* gives the stream that stores a subject, None where a repeat can't
+    be told (a signal for many, which is gone once it is expanded).
+
+    Raises:
+        BusTimeoutError, BusUnavailableError: not answered; nothing was dropped.
+    """
+    stored_at = activation.recovered_at
+    info = await clock.info()
+    if not stored_at or "ts" not in info:
+        return
+    age = parse_time(info["ts"]) - parse_time(stored_at)
+    if age < timedelta(seconds=window_s * _SAFE_SHARE):
+        return
+    start = parse_time(stored_at) - timedelta(seconds=1)
+    start_text = start.isoformat().replace("+00:00", "Z")
+    by_subject: dict[str, set[str]] = {}
+    for item in activation.outbox.values():
+        by_subject.setdefault(item.subject, set()).add(item.msg_id)
+    found: set[str] = set()
+    for subject, wanted in by_subject.items():
+        reader = reader_of(subject)
+        if reader is None:
+            continue
+        messages, more = await reader.page(subject, 1, start_time=start_text)
+        for _ in range(_PAGES_MAX):
+            found |= wanted & {message.headers.get("Nats-Msg-Id", "") for message in messages}
+            if not more or not messages or wanted <= found:
+                break
+            messages, more = await reader.page(subject, messages[-1].sequence + 1)
+    for msg_id in found:
+        item_found = activation.outbox.pop(msg_id, None)
+        if item_found is not None:
+            activation.outbox_bytes -= len(item_found.body)

@@ -1,0 +1,85 @@
+"""The unit of commit as bytes: state, cursor and outbox of one agent in one value.
+
+Pure. What is read back is checked completely; what is written is assembled
+from parts that are JSON already, because every signal's effect passes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from foundation_nats.errors import StateInvalidError
+from foundation_schemas import StateRecord
+
+
+@dataclass(slots=True)
+class OutboxItem:
+    """An emitted signal: where it goes, under which id, and its envelope."""
+
+    subject: str
+    msg_id: str
+    body: bytes
+
+
+def encode_record(
+    *,
+    epoch: int,
+    commit: int,
+    writer: bytes,
+    cursor: int,
+    run: str,
+    state: bytes,
+    salt: str,
+    emitted: int,
+    outbox: list[OutboxItem],
+    attempt: tuple[int, int] | None = None,
+) -> bytes:
+    """The record as JSON; *writer* and *state* are JSON already."""
+    body: dict[str, Any] = {
+        "v": 1,
+        "epoch": epoch,
+        "commit": commit,
+        "writer": orjson.Fragment(writer),
+        "cursor": cursor,
+        "run": run,
+        "schema_version": 1,
+        "state": orjson.Fragment(state),
+        "salt": salt,
+        "emitted": emitted,
+        "outbox": [
+            {"subject": item.subject, "msg_id": item.msg_id, "body": orjson.Fragment(item.body)}
+            for item in outbox
+        ],
+    }
+    if attempt is not None:
+        body["attempt"] = attempt
+    return orjson.dumps(body)
+
+
+def decode_record(agent: str, value: bytes) -> StateRecord:
+    """A stored record.
+
+    Raises:
+        StateInvalidError: it is damaged, or of a version this release does not know.
+    """
+    try:
+        record = StateRecord.model_validate_json(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StateInvalidError(
+            f"The stored record of {agent} is damaged ({where}: {first['msg']}); "
+            "nothing was overwritten.",
+            hint="Restore it, or delete the key in the state bucket to begin anew.",
+        ) from error
+    if record.v != 1 or record.schema_version != 1:
+        raise StateInvalidError(
+            f"The stored record of {agent} has version {record.v}.{record.schema_version}, "
+            "which this release does not know; nothing was overwritten.",
+            hint="Run the release that wrote it, or a newer one.",
+        )
+    return record

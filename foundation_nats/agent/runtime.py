@@ -1,0 +1,623 @@
+"""`Runtime`: the `Workload` that runs agents: claim in bulk, take in, recover, end.
+
+To claim: read the records, refuse those of a newer epoch, rewrite each with
+this epoch by compare-and-set (which fences every older activation), subscribe,
+publish what the record's outbox still holds, and read what the mailbox holds
+beyond the cursor. The first item of every activation is its `on_start`; it is
+reported running once that is stored.
+
+A republished copy is at most once, and a lost one with nothing behind it
+leaves no gap to see. Hence the sweep: on a timer, at once after a reconnect,
+and at a stream's new leader, the last sequence of every mailbox is compared
+with what was taken in. An idle cluster pays one request per sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from secrets import token_hex
+
+import orjson
+
+from foundation_nats.agent.activation import Activation
+from foundation_nats.agent.agent import Agent, Context
+from foundation_nats.agent.loading import describe, load_class
+from foundation_nats.agent.outbox import drop_published
+from foundation_nats.agent.pool import RunnerPool
+from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
+from foundation_nats.agent.state import dump_state, first_state, load_state
+from foundation_nats.base.clock import monotonic
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.logs import get_logger
+from foundation_nats.bus.kv import Bucket, Entry
+from foundation_nats.bus.rpc import to_json
+from foundation_nats.bus.streams import OnAck, PubAck, StreamReader, append_nowait
+from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED
+from foundation_nats.bus.wire import Message
+from foundation_nats.errors import (
+    BusError,
+    BusTimeoutError,
+    BusUnavailableError,
+    ConfigError,
+    FencedError,
+    FoundationError,
+    MailboxFullError,
+    PayloadTooLargeError,
+    StaleRevisionError,
+    StateInvalidError,
+)
+from foundation_nats.node.hosting import HostContext
+from foundation_schemas import AgentRecord, AgentReport, AgentStatus, ClassInfo, StateRecord
+
+_CLAIM_ROUNDS = 8
+_CLEAR_AFTER_S = 0.5
+_STOP_MARGIN_S = 2.0
+
+
+class Runtime:
+    """The agents of one worker process."""
+
+    def __init__(self, host: HostContext) -> None:
+        config = host.config
+        self._host = host
+        self.bus = host.bus
+        self.subjects = host.subjects
+        self.node = host.node
+        self.is_valid = host.validity.is_valid
+        self.log = get_logger("agents").bind(worker=host.worker)
+        self.pool = RunnerPool(host.scope)
+        self.state = Bucket(host.bus, host.subjects, "state")
+        self.signals = StreamReader(host.bus, host.subjects.signals_stream)
+        self._dead = StreamReader(host.bus, host.subjects.dead_stream)
+        self.in_memory_max = config.mailbox.in_memory_max
+        self.outbox_max = config.mailbox.outbox_max
+        self.state_max_bytes = config.mailbox.state_max_bytes
+        self.emit_max_bytes = config.mailbox.emit_max_bytes
+        self.outbox_max_bytes = config.mailbox.emit_max_bytes * 3 // 4
+        self.attempts_max = config.mailbox.attempts_max
+        self.handler_timeout_s = config.worker.handler_timeout_s
+        self.stop_timeout_s = config.worker.stop_timeout_s
+        self._window_s = config.mailbox.duplicate_window_s
+        self._retry_first_s = config.mailbox.retry_first_s
+        self.writer_json = to_json(
+            {"node": host.node, "incarnation": host.incarnation, "worker": host.worker}
+        )
+        self.attempts: dict[str, tuple[int, int]] = {}
+        self._activations: dict[str, Activation] = {}
+        self._claiming: dict[str, int] = {}
+        self._parked: set[Activation] = set()
+        self._moved: set[Activation] = set()
+        self._clear: dict[Activation, float] = {}
+        self._commit_waiters: dict[Activation, list[asyncio.Future[None]]] = {}
+        self._catching_up: set[Activation] = set()
+        self._resolving: set[Activation] = set()
+        self._swept_to = 0
+        self._sweep_now = asyncio.Event()
+        host.scope.start(self._sweep_loop(config.mailbox.sweep_every_s), "sweep")
+        host.scope.start(self._clear_loop(), "clear")
+        self.bus.on_reconnect(self._sweep_soon)
+        self.bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory)
+
+    # ---- the workload ---------------------------------------------------------------
+
+    async def start(self, records: Sequence[AgentRecord]) -> None:
+        """Activate these agents; see `Workload.start`."""
+        fresh = []
+        for record in records:
+            known = self._activations.get(record.id)
+            claiming = self._claiming.get(record.id, 0)
+            if known is not None and known.epoch < record.epoch:
+                # Assigned anew to this very worker: the old activation is over.
+                known.fail(FencedError(f"{record.id} was claimed anew."))
+                known = None
+            if known is None and claiming < record.epoch:
+                self._claiming[record.id] = record.epoch
+                fresh.append(record)
+        try:
+            await self._claim_all(fresh)
+        finally:
+            for record in fresh:
+                if self._claiming.get(record.id) == record.epoch:
+                    del self._claiming[record.id]
+
+    async def stop(self, agents: dict[str, int], reason: str) -> None:
+        """Stop these agents; see `Workload.stop`."""
+        ending = []
+        for agent, epoch in agents.items():
+            activation = self._activations.get(agent)
+            if activation is not None and activation.epoch <= epoch:
+                ending.append(self._end(activation, reason))
+            elif activation is None:
+                self._report(agent, epoch, AgentStatus.STOPPED, reason)
+        if ending:
+            await asyncio.gather(*ending)
+
+    async def _end(self, activation: Activation, reason: str) -> None:
+        stopped = activation.stop(reason)
+        done, _ = await asyncio.wait([stopped], timeout=self.stop_timeout_s)
+        if not done and activation.task is not None:
+            self.log.warning("handler cancelled to stop the agent", agent=activation.id)
+            activation.task.cancel()
+            done, _ = await asyncio.wait([stopped], timeout=self.stop_timeout_s + _STOP_MARGIN_S)
+        if not done:
+            self.ended(activation)
+
+    def resume(self) -> None:
+        """Go on with what was parked."""
+        parked, self._parked = self._parked, set()
+        for activation in parked:
+            activation.resume()
+
+    def running(self) -> dict[str, int]:
+        """Id to epoch of every activation in memory."""
+        return {agent: item.epoch for agent, item in self._activations.items()}
+
+    def backlog(self) -> int:
+        """Signals received and not yet handled."""
+        return sum(item.backlog for item in self._activations.values() if item.queue)
+
+    def consumed(self) -> dict[str, int]:
+        """Committed cursors that moved since the last call."""
+        moved, self._moved = self._moved, set()
+        return {item.id: item.committed_cursor for item in moved}
+
+    def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
+        """What is behind each *run* here."""
+        return [describe(run) for run in runs]
+
+    # ---- claim ------------------------------------------------------------------
+
+    async def _claim_all(self, records: list[AgentRecord]) -> None:
+        classes: dict[str, type[Agent] | ConfigError] = {}
+        ready = []
+        for record in records:
+            run = record.spec.run
+            if run not in classes:
+                try:
+                    classes[run] = load_class(run)
+                except ConfigError as error:
+                    classes[run] = error
+            found = classes[run]
+            if isinstance(found, ConfigError):
+                self._report(record.id, record.epoch, AgentStatus.FAILED, str(found))
+            else:
+                ready.append((record, found))
+        failpoint("claim.read")
+        durable = [record.id for record, cls in ready if _is_durable(record, cls)]
+        while True:
+            try:
+                entries = await self.state.read_many(durable)
+                break
+            except (BusTimeoutError, BusUnavailableError) as error:
+                self.log.warning("records not readable yet", error=str(error))
+                await asyncio.sleep(0.2)
+        claims = [self._claim(record, cls, entries.get(record.id)) for record, cls in ready]
+        activations = [item for item in await asyncio.gather(*claims) if item is not None]
+        failpoint("claim.after_cas")
+        await self._take_over(activations)
+
+    async def _claim(
+        self, record: AgentRecord, cls: type[Agent], entry: Entry | None
+    ) -> Activation | None:
+        """Rewrite the record under the new epoch; None if that is not ours to do."""
+        recovered_at = entry.time if entry is not None else ""
+        for _ in range(_CLAIM_ROUNDS):
+            try:
+                activation, payload = self._prepare(record, cls, entry)
+                activation.recovered_at = recovered_at
+                if payload is not None:
+                    await self._write_claim(activation, payload)
+                return activation
+            except FencedError:
+                self.log.info("claim refused: a newer activation exists", agent=record.id)
+                return None
+            except (StateInvalidError, PayloadTooLargeError, ConfigError) as error:
+                self._report(record.id, record.epoch, AgentStatus.FAILED, str(error))
+                return None
+            except (StaleRevisionError, BusTimeoutError, BusUnavailableError):
+                entry = await self._read_surely(record.id)
+                if entry is not None and self._is_my_claim(record, entry):
+                    activation, _ = self._prepare(record, cls, entry)
+                    activation.revision = entry.revision
+                    activation.recovered_at = recovered_at
+                    return activation
+                recovered_at = entry.time if entry is not None else ""
+        self._report(record.id, record.epoch, AgentStatus.FAILED, "the record could not be claimed")
+        return None
+
+    def _is_my_claim(self, record: AgentRecord, entry: Entry) -> bool:
+        if entry.value is None:
+            return False
+        found = decode_record(record.id, entry.value)
+        return found.epoch == record.epoch and found.writer.worker == self._host.worker
+
+    def _prepare(
+        self, record: AgentRecord, cls: type[Agent], entry: Entry | None
+    ) -> tuple[Activation, bytes | None]:
+        """The activation that continues *entry*, and the record that claims it."""
+        stored: StateRecord | None = None
+        if entry is not None and entry.value is not None:
+            stored = decode_record(record.id, entry.value)
+            if stored.epoch > record.epoch:
+                raise FencedError(f"{record.id} is at epoch {stored.epoch}.")
+        agent = cls()
+        agent.ctx = Context(
+            record.id, config=dict(record.spec.config), node=self.node, epoch=record.epoch
+        )
+        if not _is_durable(record, cls):
+            agent.durable = False  # type: ignore[misc]
+            stored = None
+        outbox: list[OutboxItem] = []
+        if stored is None or stored.state is None:
+            agent.state = first_state(cls.State)
+        else:
+            agent.state = load_state(cls.State, stored.state)
+            outbox = [
+                OutboxItem(item.subject, item.msg_id, orjson.dumps(item.body))
+                for item in stored.outbox
+            ]
+        recovered = record.recovered_from
+        activation = Activation(
+            self,
+            record,
+            agent,
+            state_json=dump_state(agent.state),
+            cursor=stored.cursor if stored else 0,
+            commit_no=(stored.commit if stored else 0) + 1,
+            revision=entry.revision if entry is not None else 0,
+            salt=stored.salt if stored else token_hex(8),
+            emitted=stored.emitted if stored else 0,
+            outbox=outbox,
+            recovered=recovered if stored or not agent.durable else None,
+        )
+        attempt = stored.attempt if stored else None
+        if attempt is not None:
+            self.attempts[record.id] = (attempt[0], attempt[1])
+        activation.cautious = attempt is not None or (
+            recovered is not None and recovered.reason == "worker_died"
+        )
+        if not agent.durable:
+            return activation, None
+        payload = encode_record(
+            epoch=record.epoch,
+            commit=activation.commit_no,
+            writer=self.writer_json,
+            cursor=activation.cursor,
+            run=record.spec.run,
+            state=activation.state_json,
+            salt=activation.salt,
+            emitted=activation.emitted,
+            outbox=outbox,
+            attempt=self.attempts.get(record.id) if attempt is not None else None,
+        )
+        return activation, payload
+
+    async def _write_claim(self, activation: Activation, payload: bytes) -> None:
+        await self.bus.wait_room()
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def on_ack(ack: PubAck | FoundationError) -> None:
+            if done.done():
+                return
+            if isinstance(ack, PubAck):
+                done.set_result(ack.sequence)
+            else:
+                done.set_exception(ack)
+
+        self.state.replace_nowait(
+            activation.id, payload, expected=activation.revision, on_ack=on_ack
+        )
+        activation.revision = await done
+
+    async def _take_over(self, activations: list[Activation]) -> None:
+        """Subscribe first, catch up second; then begin."""
+        for activation in activations:
+            self._activations[activation.id] = activation
+            activation.route = self.bus.subscribe(
+                self.subjects.agent(activation.id), activation.on_message
+            )
+            activation.begin()
+        failpoint("claim.after_subscribe")
+        late = [item for item in activations if item.outbox]
+        for activation in late:
+            self._host.scope.start(self._recover_outbox(activation), "recover-outbox")
+        try:
+            await self.bus.flush()
+            await self._look_for_unread(activations)
+        except BusError as error:
+            self.log.warning("mailboxes not readable yet", error=str(error))
+            self._sweep_soon()
+
+    async def _recover_outbox(self, activation: Activation) -> None:
+        """Publish what the earlier activation had stored and perhaps not published."""
+        while activation.failure is None:
+            try:
+                await drop_published(
+                    self._reader_of, self.signals, activation, window_s=self._window_s
+                )
+                break
+            except (BusTimeoutError, BusUnavailableError):
+                await asyncio.sleep(0.3)
+        failpoint("claim.after_outbox")
+        activation.publish_recovered()
+        if not activation.outbox and activation.committed_outbox:
+            self.clear_later(activation)
+
+    def _reader_of(self, subject: str) -> StreamReader | None:
+        if subject.startswith(self.subjects.mailbox("")):
+            return self.signals
+        if subject.startswith(self.subjects.dead("")):
+            return self._dead
+        return None
+
+    async def _read_surely(self, agent: str) -> Entry | None:
+        """The record from the leader, however long that takes."""
+        delay = 0.02
+        while True:
+            try:
+                await self.bus.wait_connected(60.0)
+                return await self.state.read(agent)
+            except (BusTimeoutError, BusUnavailableError):
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 1.0)
+
+    # ---- intake -----------------------------------------------------------------
+
+    def catch_up(self, activation: Activation) -> None:
+        """Read on from the stream until the live copies connect."""
+        if activation not in self._catching_up:
+            self._catching_up.add(activation)
+            self._host.scope.start(self._catch_up(activation), "catch-up")
+
+    async def _catch_up(self, activation: Activation) -> None:
+        delay = 0.02
+        subject = self.subjects.mailbox(activation.id)
+        try:
+            while activation.behind and activation.failure is None:
+                if activation.backlog > self.in_memory_max // 2:
+                    return  # it asks again when it has handled what it holds
+                failpoint("catchup.page")
+                try:
+                    messages, more = await self.signals.page(subject, activation.fetched + 1)
+                except (BusError, FoundationError) as error:
+                    self.log.debug("catch-up will be retried", error=str(error))
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, 1.0)
+                    continue
+                if activation.take_page(messages, bool(more)):
+                    return
+                if not messages:
+                    # A replica that lags behind what was already seen live; or the
+                    # signals heard of were trimmed or discarded meanwhile.
+                    last = await self.signals.last_from_leader(subject)
+                    if last is None or last.sequence <= activation.fetched:
+                        activation.seen = activation.fetched
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, 1.0)
+        except BusError as error:
+            self.log.debug("catch-up left to the sweep", error=str(error))
+            activation.behind = False
+            self._sweep_soon()
+        finally:
+            self._catching_up.discard(activation)
+
+    def _sweep_soon(self) -> None:
+        self._swept_to = 0
+        self._sweep_now.set()
+        for activation in list(self._resolving):
+            activation.resume()
+
+    def _on_advisory(self, _message: Message) -> None:
+        self._sweep_soon()
+
+    async def _sweep_loop(self, every_s: float) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._sweep_now.wait(), every_s * random.uniform(0.8, 1.2))
+            except TimeoutError:
+                pass
+            self._sweep_now.clear()
+            if not self._activations:
+                continue
+            try:
+                last = int((await self.signals.info())["state"]["last_seq"])
+                if last == self._swept_to:
+                    continue
+                await self._look_for_unread(list(self._activations.values()))
+                self._swept_to = last
+            except (BusError, FoundationError) as error:
+                self.log.debug("sweep put off", error=str(error))
+                await asyncio.sleep(0.2)
+                self._sweep_now.set()
+
+    async def _look_for_unread(self, activations: list[Activation]) -> None:
+        by_subject = {self.subjects.mailbox(item.id): item for item in activations}
+        for subject, message in (await self.signals.last_of(by_subject)).items():
+            activation = by_subject[subject]
+            if message.sequence > activation.fetched:
+                activation.seen = max(activation.seen, message.sequence)
+                activation.fall_behind()
+
+    # ---- what activations ask of their runtime ----------------------------------
+
+    def park(self, activation: Activation) -> None:
+        """Wait until the right to answer is back."""
+        self._parked.add(activation)
+
+    def check_size(self, subject: str, body: bytes) -> None:
+        """Refuse what the server would refuse.
+
+        Raises:
+            PayloadTooLargeError: with room for our headers it exceeds ``max_payload``.
+        """
+        limit = self.bus.max_payload - 512
+        if len(body) > limit:
+            raise PayloadTooLargeError(
+                f"A signal of {len(body):,} bytes for {subject} exceeds the limit of {limit:,}.",
+                hint="Send a reference to the data instead.",
+            )
+
+    def retry_delay(self, attempt: int) -> float:
+        """Back-off before the next attempt, with jitter."""
+        return float(self._retry_first_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+
+    def moved(self, activation: Activation) -> None:
+        """Its committed cursor has moved."""
+        self._moved.add(activation)
+
+    def append(self, subject: str, item: OutboxItem, on_ack: OnAck) -> None:
+        """Publish one emitted signal; errors come by *on_ack* too."""
+        try:
+            append_nowait(
+                self.bus, subject, item.body, on_ack, headers={"Nats-Msg-Id": item.msg_id}
+            )
+        except FoundationError as error:
+            on_ack(error)
+
+    def publish_later(self, activation: Activation, subject: str, error: FoundationError) -> None:
+        """Try again after a while: an emitted signal is never given up."""
+        delay = 0.1
+        if isinstance(error, MailboxFullError):
+            delay = 0.5
+        elif not isinstance(error, BusTimeoutError | BusUnavailableError):
+            self.log.error(
+                "emitted signal refused; it will be retried",
+                agent=activation.id,
+                subject=subject,
+                error=str(error),
+            )
+            delay = 5.0
+        asyncio.get_running_loop().call_later(
+            delay * random.uniform(0.8, 1.2), activation.publish_again, subject
+        )
+
+    def committed(self, activation: Activation) -> None:
+        """Something of it was stored or published, or it has ended."""
+        for waiter in self._commit_waiters.pop(activation, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def next_commit(self, activation: Activation) -> None:
+        """Wait for the next time `committed` is called for it."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._commit_waiters.setdefault(activation, []).append(waiter)
+        await waiter
+
+    def clear_later(self, activation: Activation) -> None:
+        """Drop the published outbox from the record soon, so that no recovery repeats it."""
+        self._clear[activation] = monotonic() + _CLEAR_AFTER_S
+
+    async def _clear_loop(self) -> None:
+        while True:
+            await asyncio.sleep(_CLEAR_AFTER_S / 2)
+            now = monotonic()
+            for activation, due in list(self._clear.items()):
+                if due > now:
+                    continue
+                del self._clear[activation]
+                if (
+                    activation.committed_outbox
+                    and not activation.outbox
+                    and activation.in_flight is None
+                    and activation.failure is None
+                    and self._activations.get(activation.id) is activation
+                ):
+                    activation.dirty = True
+                    activation.commit()
+
+    def resolve(self, activation: Activation) -> None:
+        """Find out what became of the commit in flight."""
+        if activation not in self._resolving:
+            self._resolving.add(activation)
+            self._host.scope.start(self._resolve(activation), "resolve")
+
+    async def _resolve(self, activation: Activation) -> None:
+        delay = 0.02
+        try:
+            while activation.in_flight is not None and activation.failure is None:
+                entry = await self._read_surely(activation.id)
+                verdict = self._judge(activation, entry)
+                if verdict == "stored":
+                    assert entry is not None
+                    activation.stored_as(entry.revision)
+                    return
+                if verdict == "again":
+                    self._resolving.discard(activation)
+                    await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+                    activation.store()
+                    return
+                activation.fail(
+                    FencedError(f"{activation.id} is run by a newer activation.")
+                    if verdict == "fenced"
+                    else StateInvalidError(
+                        f"The record of {activation.id} was changed or deleted by someone else."
+                    )
+                )
+        except StateInvalidError as error:
+            activation.fail(error)
+        finally:
+            self._resolving.discard(activation)
+
+    def _judge(self, activation: Activation, entry: Entry | None) -> str:
+        """Stored, again, fenced or foreign: what the stored record says about our commit."""
+        if entry is None or entry.value is None:
+            return "again" if activation.revision == 0 else "foreign"
+        if entry.revision == activation.revision:
+            return "again"
+        found = decode_record(activation.id, entry.value)
+        if found.epoch > activation.epoch:
+            return "fenced"
+        mine = found.epoch == activation.epoch and found.writer.worker == self._host.worker
+        if mine and found.writer.incarnation == self._host.incarnation:
+            return "stored" if found.commit == activation.commit_no else "foreign"
+        return "fenced"
+
+    # ---- ends -------------------------------------------------------------------
+
+    def report_running(self, activation: Activation) -> None:
+        """It has started."""
+        self._report(activation.id, activation.epoch, AgentStatus.RUNNING, None)
+
+    def stop_one(self, activation: Activation, reason: str) -> None:
+        """It asked to be stopped."""
+        self._host.scope.start(self._end(activation, reason), "stop")
+
+    def ended(self, activation: Activation) -> None:
+        """It has stopped in good order (or as far as it would)."""
+        if self._forget(activation):
+            self._report(activation.id, activation.epoch, AgentStatus.STOPPED, activation.stopping)
+
+    def failed(self, activation: Activation, error: FoundationError) -> None:
+        """It ended because of an error."""
+        if not self._forget(activation):
+            return
+        if isinstance(error, FencedError):
+            self.log.info("activation ended: fenced", agent=activation.id, epoch=activation.epoch)
+            self._report(activation.id, activation.epoch, AgentStatus.STOPPED, "fenced")
+        else:
+            self.log.error("agent failed", agent=activation.id, error=str(error))
+            self._report(activation.id, activation.epoch, AgentStatus.FAILED, str(error))
+
+    def _forget(self, activation: Activation) -> bool:
+        if self._activations.get(activation.id) is not activation:
+            return False
+        del self._activations[activation.id]
+        if activation.route is not None:
+            self.bus.unsubscribe(activation.route)
+        self._parked.discard(activation)
+        self._clear.pop(activation, None)
+        self.attempts.pop(activation.id, None)
+        self._moved.add(activation)
+        if activation.stopped is not None and not activation.stopped.done():
+            activation.stopped.set_result(None)
+        self.committed(activation)
+        return True
+
+    def _report(self, agent: str, epoch: int, status: AgentStatus, reason: str | None) -> None:
+        self._host.report(AgentReport(id=agent, epoch=epoch, status=status, reason=reason))
+
+
+def _is_durable(record: AgentRecord, cls: type[Agent]) -> bool:
+    return record.spec.durable and cls.durable

@@ -1,0 +1,1 @@
+"""The objects users hold, and the composition root: node meets agent here."""

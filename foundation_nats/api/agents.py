@@ -1,0 +1,204 @@
+"""`cluster.agents`: start, stop, look up."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from foundation_nats.agent.agent import Agent
+from foundation_nats.agent.loading import run_name
+from foundation_nats.api.refs import AgentInfo, AgentRef
+from foundation_nats.base.clock import monotonic
+from foundation_nats.bus import rpc
+from foundation_nats.bus.kv import Bucket
+from foundation_nats.errors import (
+    AgentNotFoundError,
+    AlreadyExistsError,
+    ConfigError,
+    NotSettledError,
+)
+from foundation_schemas import (
+    AgentRecord,
+    AgentSpec,
+    AgentStatus,
+    Deployment,
+    OnNodeLoss,
+    PlacementPolicy,
+)
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
+
+
+class Agents:
+    """The agents of a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._bucket = Bucket(cluster.bus, cluster.subjects, "agents")
+        self._state = Bucket(cluster.bus, cluster.subjects, "state")
+
+    async def start(
+        self,
+        run: type[Agent] | str,
+        *,
+        id: str,
+        critical: bool | None = None,
+        durable: bool | None = None,
+        capabilities: Collection[str] = (),
+        resources: dict[str, float] | None = None,
+        placement: dict[str, Any] | None = None,
+        on_node_loss: str | None = None,
+        config: dict[str, Any] | None = None,
+        restart: str = "permanent",
+        wait: bool = True,
+        timeout: float = 10.0,
+    ) -> AgentRef:
+        """Want one agent to run for good, and wait until it does.
+
+        Idempotent for an equal wish; a changed one updates the agent. If it
+        times out the wish stands and the cluster goes on trying.
+
+        Args:
+            run: the class, or ``"module:Class"`` as the nodes can import it.
+
+        Raises:
+            ConfigError: the class can't run on the nodes, or an argument is wrong.
+            AlreadyExistsError: the id belongs to a deployment.
+            NotSettledError: not running in time; says why.
+            BusUnavailableError, BusTimeoutError
+        """
+        name = run if isinstance(run, str) else run_name(run)
+        try:
+            spec = AgentSpec(
+                run=name,
+                critical=bool(critical),
+                durable=True if durable is None else durable,
+                capabilities=sorted(capabilities),
+                resources=resources or {},
+                placement=PlacementPolicy.model_validate(placement or {}),
+                on_node_loss=OnNodeLoss(on_node_loss) if on_node_loss else None,
+                config=config or {},
+                restart=restart,
+            )
+            wish = Deployment(name=id, spec=spec, standalone=True)
+        except ValueError as error:
+            raise ConfigError(f"agent {id!r}: {error}") from error
+        deployments = self._cluster.deployments
+        known = await deployments.wishes()
+        if id in known and not known[id].standalone:
+            raise AlreadyExistsError(f"{id!r} is a deployment already.")
+        await deployments.apply([wish])
+        if wait:
+            await self._wait_running(id, timeout)
+        return AgentRef(self._cluster, id)
+
+    async def _wait_running(self, id: str, timeout: float) -> None:
+        deadline = monotonic() + timeout
+        status, reason = "pending", "no node has taken it yet"
+        while monotonic() < deadline:
+            record = await self._record(id)
+            if record is not None:
+                if record.status is AgentStatus.RUNNING:
+                    return
+                status, reason = record.status, record.reason or reason
+                if record.status is AgentStatus.FAILED and record.failures >= 1:
+                    raise NotSettledError(
+                        f"Agent {id} failed to start: {record.reason}",
+                        hint="It will be tried again; `foundation agent` shows it.",
+                        status=str(status),
+                    )
+            await asyncio.sleep(0.01)
+        raise NotSettledError(
+            f"Agent {id} is {status} after {timeout:g} s: {reason}.",
+            hint="The wish stands, and the cluster goes on trying.",
+            status=str(status),
+        )
+
+    async def stop(self, id: str, *, timeout: float = 10.0) -> None:
+        """Want the agent no more; returns when it has stopped. Its stored state is kept.
+
+        Raises:
+            AgentNotFoundError: there is none, or it belongs to a deployment (scale that).
+            NotSettledError: not stopped in time; it will be.
+        """
+        wishes = await self._cluster.deployments.wishes()
+        if id not in wishes:
+            record = await self._record(id)
+            if record is not None and record.deployment is not None:
+                raise AgentNotFoundError(
+                    f"Agent {id} belongs to the deployment {record.deployment}.",
+                    hint=f"Scale or delete {record.deployment} instead.",
+                )
+            raise self._not_found(id)
+        await self._cluster.deployments.delete(id)
+        deadline = monotonic() + timeout
+        while monotonic() < deadline:
+            record = await self._record(id)
+            if record is None or record.status is AgentStatus.STOPPED:
+                return
+            await asyncio.sleep(0.01)
+        raise NotSettledError(f"Agent {id} has not stopped within {timeout:g} s.")
+
+    async def _record(self, id: str) -> AgentRecord | None:
+        entry = await self._bucket.read(id)
+        if entry is None or entry.value is None:
+            return None
+        return rpc.decode(AgentRecord, entry.value)
+
+    def _not_found(self, id: str) -> AgentNotFoundError:
+        return AgentNotFoundError(
+            f"There is no agent {id!r}.", hint="`foundation agents` lists them.", id=id
+        )
+
+    async def get(self, id: str) -> AgentInfo:
+        """Where the agent is and how it does, as the registry's leader knows it.
+
+        Raises:
+            AgentNotFoundError: there is none of this id.
+        """
+        record = await self._record(id)
+        if record is None:
+            raise self._not_found(id)
+        return AgentInfo.of(record)
+
+    async def list(
+        self,
+        *,
+        node: str | None = None,
+        capability: str | None = None,
+        status: str | None = None,
+        deployment: str | None = None,
+    ) -> builtins.list[AgentInfo]:
+        """Every agent that fits, by id."""
+        entries = await self._bucket.read_all()
+        found = []
+        for _, entry in sorted(entries.items()):
+            if entry.value is None:
+                continue
+            info = AgentInfo.of(rpc.decode(AgentRecord, entry.value))
+            if (
+                (node is None or info.node == node)
+                and (capability is None or capability in info.capabilities)
+                and (status is None or info.status == status)
+                and (deployment is None or info.deployment == deployment)
+            ):
+                found.append(info)
+        return found
+
+    async def find(self, capability: str) -> builtins.list[AgentInfo]:
+        """Every agent that provides *capability*, by id."""
+        return await self.list(capability=capability)
+
+    async def state(self, id: str) -> dict[str, Any] | None:
+        """The stored record of an agent: state, cursor, epoch, commit, outbox; None if none."""
+        entry = await self._state.read(id)
+        if entry is None or entry.value is None:
+            return None
+        stored: dict[str, Any] = orjson.loads(entry.value)
+        stored.pop("salt", None)
+        return stored

@@ -1,0 +1,260 @@
+"""`cluster.deployments`: what shall run, and whether it does."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foundation_nats.base.clock import monotonic
+from foundation_nats.bus import rpc
+from foundation_nats.bus.kv import Bucket
+from foundation_nats.cluster.registry import Held
+from foundation_nats.cluster.view import NodeView
+from foundation_nats.control import manifest
+from foundation_nats.control.desired import Desired
+from foundation_nats.control.diff import DeploymentChange, Preview, preview
+from foundation_nats.control.status import deployment_status
+from foundation_nats.errors import (
+    BusTimeoutError,
+    ConfigError,
+    DeploymentNotFoundError,
+    NoRespondersError,
+    NotSettledError,
+)
+from foundation_schemas import (
+    AgentRecord,
+    AgentStatus,
+    ClassInfo,
+    Deployment,
+    DeploymentStatus,
+    Load,
+    NodeRecord,
+    NodeStatus,
+    ValidateReply,
+    ValidateRequest,
+)
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
+
+Progress = Callable[[list[DeploymentStatus]], None]
+Wished = Sequence[Deployment] | Path | str
+
+
+class Deployments:
+    """The wishes of a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._agents = Bucket(cluster.bus, cluster.subjects, "agents")
+        self._bucket = Bucket(cluster.bus, cluster.subjects, "desired")
+
+    def read(self, wished: Wished) -> list[Deployment]:
+        """Deployments as they are, or from a manifest's path or text.
+
+        Raises:
+            ManifestError: the manifest is wrong; says what and where.
+        """
+        if isinstance(wished, Path):
+            return manifest.load(wished)
+        if isinstance(wished, str):
+            return manifest.parse(wished)
+        return list(wished)
+
+    async def wishes(self) -> dict[str, Deployment]:
+        """What is wished for now, by name."""
+        entries = await self._bucket.read_all()
+        return {
+            name: rpc.decode(Deployment, entry.value)
+            for name, entry in entries.items()
+            if entry.value is not None
+        }
+
+    async def apply(self, wished: Wished, *, validate: bool = True) -> list[DeploymentChange]:
+        """Store wishes; the cluster makes them true. Idempotent.
+
+        With *validate* a node imports each class first, and what the class
+        declares (capabilities, durable, critical) becomes part of the wish. If
+        no node is up, the wish is stored unchecked.
+
+        Raises:
+            ManifestError, ConfigError: wrong; nothing was stored.
+            BusUnavailableError, BusTimeoutError
+        """
+        deployments = self.read(wished)
+        if validate:
+            deployments = await self._validated(deployments)
+        desired = await self._desired()
+        return await desired.apply(deployments)
+
+    async def _desired(self) -> Desired:
+        return await self._cluster._open_desired()
+
+    async def _validated(self, deployments: list[Deployment]) -> list[Deployment]:
+        runs = sorted({item.spec.run for item in deployments})
+        infos = await self._describe(runs)
+        if infos is None:
+            return deployments
+        wrong = [info.error or f"{info.run} can't run" for info in infos.values() if not info.ok]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        return [self._declared(item, infos[item.spec.run]) for item in deployments]
+
+    def _declared(self, item: Deployment, info: ClassInfo) -> Deployment:
+        spec = item.spec
+        update = {
+            "capabilities": sorted({*spec.capabilities, *info.capabilities}),
+            "durable": spec.durable and info.durable,
+            "critical": spec.critical or info.critical,
+        }
+        return item.model_copy(update={"spec": spec.model_copy(update=update)})
+
+    async def _describe(self, runs: builtins.list[str]) -> dict[str, ClassInfo] | None:
+        """What is behind each *run*, by the first node that answers; None if none does."""
+        for node in await self._cluster.nodes.list():
+            if node.status != NodeStatus.UP:
+                continue
+            subject = self._cluster.subjects.control_node(node.name, "validate")
+            try:
+                reply = await rpc.call(
+                    self._cluster.bus,
+                    subject,
+                    ValidateRequest(runs=runs),
+                    ValidateReply,
+                    timeout=25.0,
+                )
+            except (NoRespondersError, BusTimeoutError):
+                continue
+            return {info.run: info for info in reply.classes}
+        return None
+
+    async def plan(self, wished: Wished) -> Preview:
+        """What `apply` would change, and on which node each new agent would start."""
+        deployments = await self._validated(self.read(wished))
+        nodes = {}
+        for node in await self._cluster.nodes.list():
+            record = NodeRecord(
+                name=node.name,
+                incarnation=node.incarnation,
+                workers=node.workers,
+                capabilities=node.capabilities,
+                labels=node.labels,
+                capacity=node.capacity,
+            )
+            load = Load(agents=node.agents, **node.load)  # type: ignore[arg-type]
+            nodes[node.name] = NodeView(record, NodeStatus(node.status), load, True)
+        leader = await self._cluster.nodes.leader()
+        return preview(
+            await self.wishes(),
+            deployments,
+            await self._held(),
+            nodes,
+            self._cluster.config.control,
+            leader=None if leader is None else leader.holder,
+        )
+
+    async def _held(self) -> Mapping[str, Held]:
+        entries = await self._agents.read_all()
+        return {
+            agent: Held(rpc.decode(AgentRecord, entry.value), entry.revision)
+            for agent, entry in entries.items()
+            if entry.value is not None
+        }
+
+    async def scale(self, name: str, replicas: int) -> Deployment:
+        """Want *replicas* agents; the highest ordinals leave first and keep their state.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            ConfigError: it is a single agent, or the number is out of range.
+        """
+        return await (await self._desired()).scale(name, replicas)
+
+    async def delete(self, name: str) -> None:
+        """Want none of it any more; the agents stop in good order, their state is kept.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        await (await self._desired()).delete(name)
+
+    async def list(self) -> builtins.list[DeploymentStatus]:
+        """Wish and fact of every deployment, by name; single agents included."""
+        wishes = await self.wishes()
+        held = (await self._held()).values()
+        by_name: dict[str, builtins.list[Held]] = {}
+        for item in held:
+            by_name.setdefault(item.record.deployment or item.record.id, []).append(item)
+        return [deployment_status(wishes[name], by_name.get(name, [])) for name in sorted(wishes)]
+
+    async def status(self, name: str) -> DeploymentStatus:
+        """Wish and fact of one deployment.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        for status in await self.list():
+            if status.name == name:
+                return status
+        raise DeploymentNotFoundError(
+            f"There is no deployment {name!r}.", hint="`foundation deployments` lists them."
+        )
+
+    async def wait_settled(
+        self,
+        names: Sequence[str],
+        *,
+        timeout: float,
+        on_progress: Progress | None = None,
+    ) -> builtins.list[DeploymentStatus]:
+        """Wait until every wished agent of *names* runs, and none is left over.
+
+        A name that is no longer wished for is settled when its agents are gone.
+
+        Raises:
+            NotSettledError: not in time; `details["reasons"]` says why, per agent.
+        """
+        registry = await self._cluster._open_registry()
+        deadline = monotonic() + timeout
+        shown: builtins.list[DeploymentStatus] | None = None
+        while True:
+            wishes = (await self._desired()).all()
+            statuses = []
+            left = 0
+            by_name: dict[str, builtins.list[Held]] = {name: [] for name in names}
+            for held in registry.all().values():
+                owner = held.record.deployment or held.record.id
+                if owner in by_name:
+                    by_name[owner].append(held)
+            for name in names:
+                wish = wishes.get(name)
+                if wish is not None:
+                    statuses.append(deployment_status(wish, by_name[name]))
+                else:
+                    left += sum(
+                        held.record.status is not AgentStatus.STOPPED for held in by_name[name]
+                    )
+            if on_progress is not None and statuses != shown:
+                on_progress(statuses)
+                shown = statuses
+            if left == 0 and all(status.settled for status in statuses):
+                return statuses
+            if monotonic() >= deadline:
+                raise self._late(statuses, left, timeout)
+            await asyncio.sleep(0.02)
+
+    def _late(
+        self, statuses: builtins.list[DeploymentStatus], left: int, timeout: float
+    ) -> NotSettledError:
+        reasons = {agent: why for status in statuses for agent, why in status.reasons.items()}
+        open_count = sum(status.desired - status.running for status in statuses) + left
+        first = "; ".join(f"{agent}: {why}" for agent, why in list(reasons.items())[:5])
+        return NotSettledError(
+            f"{open_count} agents are not as wished after {timeout:g} s."
+            + (f" {first}." if first else ""),
+            hint="The wish stands, and the cluster goes on trying: `foundation status` shows it.",
+            reasons=reasons,
+        )

@@ -1,0 +1,100 @@
+"""`AgentRef`: a name one can send to and ask, wherever the agent runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foundation_schemas import AgentRecord, Receipt
+from foundation_schemas.agent import AgentStatus, RecoveredFrom
+from foundation_schemas.base import WireModel
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
+
+
+class AgentRef:
+    """The name of one agent, tied to a cluster; safe to keep: it never goes stale."""
+
+    def __init__(self, cluster: Cluster, id: str) -> None:
+        self._cluster = cluster
+        self.id = id
+
+    async def send(
+        self, type: str, data: Any = None, *, id: str | None = None, timeout: float = 5.0
+    ) -> Receipt:
+        """`Cluster.send` to this agent."""
+        return await self._cluster.send(self, type, data, id=id, timeout=timeout)
+
+    async def ask(self, type: str, data: Any = None, *, timeout: float = 5.0) -> Any:
+        """`Cluster.ask` of this agent."""
+        return await self._cluster.ask(self, type, data, timeout=timeout)
+
+    def __str__(self) -> str:
+        return f"agent:{self.id}"
+
+    def __repr__(self) -> str:
+        return f"AgentRef({self.id!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AgentRef) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+class AgentInfo(WireModel):
+    """Where an agent is and how it does; the JSON of ``foundation agents -o json``."""
+
+    id: str
+    node: str | None
+    status: AgentStatus
+    epoch: int
+    deployment: str | None
+    capabilities: list[str]
+    critical: bool
+    durable: bool
+    run: str
+    reason: str | None = None
+    recovered_from: RecoveredFrom | None = None
+    failures: int = 0
+    since: str | None = None
+
+    @classmethod
+    def of(cls, record: AgentRecord) -> AgentInfo:
+        """The public side of a registry record."""
+        return cls(
+            id=record.id,
+            node=record.node,
+            status=record.status,
+            epoch=record.epoch,
+            deployment=record.deployment,
+            capabilities=list(record.spec.capabilities),
+            critical=record.spec.critical,
+            durable=record.spec.durable,
+            run=record.spec.run,
+            reason=record.reason,
+            recovered_from=record.recovered_from,
+            failures=record.failures,
+            since=record.since,
+        )
+
+
+class NodeInfo(WireModel):
+    """A node and how busy it is; the JSON of ``foundation nodes -o json``."""
+
+    name: str
+    status: str
+    incarnation: int
+    agents: int
+    load: dict[str, float]
+    capacity: dict[str, float]
+    labels: dict[str, str]
+    capabilities: list[str]
+    workers: list[str]
+    host: str
+    pid: int
+    leader: bool
+    started_at: str = ""
+
+
+__all__ = ["AgentInfo", "AgentRef", "NodeInfo"]

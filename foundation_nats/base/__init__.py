@@ -1,0 +1,1 @@
+"""Time, tasks, telemetry: nothing about NATS, nothing about agents."""

@@ -1,0 +1,115 @@
+"""Named points at which a test may crash, freeze or fail this process.
+
+``FOUNDATION_FAILPOINTS="commit.before_cas=kill;claim.read=1in5(sleep(2))"``
+makes the named points act: ``kill`` (SIGKILL to oneself), ``raise``,
+``sleep(S)`` (blocks the whole process, as a freeze would), each optionally as
+``after(N,ACTION)`` (from the N-th passing on) or ``1inN(ACTION)``. Without the variable a point costs one
+call of an empty function.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+
+POINTS = frozenset(
+    {
+        "send.before_publish",
+        "send.after_publish_before_ack",
+        "expand.before",
+        "expand.mid",
+        "expand.before_ack",
+        "live.received",
+        "catchup.page",
+        "handle.before",
+        "handle.after",
+        "commit.before_cas",
+        "commit.after_cas_before_outbox",
+        "outbox.mid",
+        "outbox.after",
+        "trim.before",
+        "trim.after",
+        "claim.read",
+        "claim.after_cas",
+        "claim.after_outbox",
+        "claim.after_subscribe",
+        "report_running",
+        "release.before",
+        "release.after",
+        "plan.computed",
+        "plan.mid_execute",
+        "start.sent",
+        "lease.acquired",
+        "lease.renew",
+        "drain.mid",
+        "deadletter.before_ack",
+    }
+)
+"""Every name in the code; a typo in a test is an error, not a test that can't fail."""
+
+
+class FailpointError(RuntimeError):
+    """Raised by a failpoint set to ``raise``."""
+
+
+def _action(text: str) -> Callable[[], None]:
+    if match := re.fullmatch(r"1in(\d+)\((.+)\)", text):
+        odds, inner = int(match[1]), _action(match[2])
+        return lambda: inner() if random.randrange(odds) == 0 else None
+    if match := re.fullmatch(r"after\((\d+),(.+)\)", text):
+        left, inner = [int(match[1])], _action(match[2])
+
+        def later() -> None:
+            left[0] -= 1
+            if left[0] <= 0:
+                inner()
+
+        return later
+    if match := re.fullmatch(r"sleep\(([\d.]+)\)", text):
+        seconds = float(match[1])
+        return lambda: time.sleep(seconds)
+    if text == "kill":
+        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if text == "raise":
+
+        def fail() -> None:
+            raise FailpointError("failpoint")
+
+        return fail
+    raise ValueError(f"unknown failpoint action {text!r}")
+
+
+def parse(text: str) -> dict[str, Callable[[], None]]:
+    """Read the variable's value.
+
+    Raises:
+        ValueError: a name or an action is unknown.
+    """
+    points = {}
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, action = item.partition("=")
+        if name not in POINTS:
+            raise ValueError(f"unknown failpoint {name!r}")
+        points[name] = _action(action)
+    return points
+
+
+_SPEC = os.environ.get("FOUNDATION_FAILPOINTS", "")
+
+if _SPEC:
+    _armed = parse(_SPEC)
+
+    def failpoint(name: str) -> None:
+        """Do what ``FOUNDATION_FAILPOINTS`` says about *name*."""
+        action = _armed.get(name)
+        if action is not None:
+            action()
+
+else:
+
+    def failpoint(name: str) -> None:
+        """Do nothing: no failpoints are set in this process."""

@@ -1,0 +1,1 @@
+"""The thin seam over nats-py; the only importer of `nats`."""

@@ -1,0 +1,332 @@
+"""Append with an acknowledgement, and read back: what we use of JetStream besides buckets.
+
+Facts verified on nats-server 2.15.1:
+
+- A publish to a subject of a stream is acknowledged on its reply subject by
+  ``{"stream","seq"[,"duplicate"]}`` or ``{"error":{"err_code"}}``; status 503
+  means that no stream (or no leader of it) listens.
+- 10071 is a lost compare-and-set, but R1 also answers it to the repeat of
+  one's own write; 10164 (replicated streams) means that another write of the
+  key is in flight. Both say: read the key from the leader and compare.
+- 10077 covers both a full subject and a full stream.
+- Batched Direct Get ends with status 204, or 404 where nothing matches; it may
+  be answered by any replica and so be stale. ``STREAM.MSG.GET`` asks the leader.
+- ``multi_last`` refuses more than 1,024 subjects (413).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.subjects import direct_get, js_api
+from foundation_nats.bus.wire import Message
+from foundation_nats.errors import (
+    BusError,
+    BusRefusedError,
+    BusTimeoutError,
+    BusUnavailableError,
+    FoundationError,
+    MailboxFullError,
+    NoRespondersError,
+    NotFoundError,
+    StaleRevisionError,
+)
+
+MULTI_LAST_MAX = 1000
+_PAGE = 256
+
+WRONG_LAST_SEQUENCE = 10071
+WRITE_IN_FLIGHT = 10164
+STORE_FULL = 10077
+STREAM_NOT_FOUND = 10059
+NO_MESSAGE = 10037
+
+
+@dataclass(frozen=True, slots=True)
+class PubAck:
+    """The server stored the message (or had it already)."""
+
+    stream: str
+    sequence: int
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message as the stream holds it."""
+
+    subject: str
+    sequence: int
+    data: bytes
+    headers: Mapping[str, str]
+    time: str = ""
+
+
+OnAck = Callable[[PubAck | FoundationError], None]
+
+
+def translate(error: Mapping[str, Any], subject: str) -> FoundationError:
+    """A JetStream API error as one of ours."""
+    code = int(error.get("err_code", 0))
+    text = str(error.get("description", "refused"))
+    if code in (WRONG_LAST_SEQUENCE, WRITE_IN_FLIGHT):
+        return StaleRevisionError(
+            f"{subject} has changed ({text}).", err_code=code, in_flight=code == WRITE_IN_FLIGHT
+        )
+    if code == STORE_FULL:
+        if "per subject" in text:
+            return MailboxFullError(
+                f"The mailbox {subject} is full.",
+                hint="Send more slowly, add replicas, or raise the mailbox limit.",
+                subject=subject,
+            )
+        return MailboxFullError(
+            f"The store of {subject} is full ({text}).",
+            hint="Handle or discard what is stored, or raise max_file on the server.",
+            subject=subject,
+        )
+    if code in (STREAM_NOT_FOUND, NO_MESSAGE):
+        return NotFoundError(f"{subject}: {text}.", err_code=code)
+    if int(error.get("code", 0)) in (503, 429):
+        return BusUnavailableError(f"JetStream can't serve {subject} now ({text}).", err_code=code)
+    return BusRefusedError(f"JetStream refused {subject}: {text}.", err_code=code)
+
+
+def append_nowait(
+    bus: Bus,
+    subject: str,
+    payload: bytes,
+    on_ack: OnAck,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> None:
+    """Publish to a stream; *on_ack* is called once with the acknowledgement or an error.
+
+    Raises:
+        BusUnavailableError, PayloadTooLargeError: nothing was sent and *on_ack* is not called.
+    """
+
+    def on_reply(reply: Message | BusError) -> None:
+        if isinstance(reply, NoRespondersError):
+            on_ack(
+                BusUnavailableError(
+                    f"No stream takes {subject}.",
+                    hint="Is JetStream up, and does it have a leader?",
+                )
+            )
+        elif isinstance(reply, BusError):
+            on_ack(reply)
+        else:
+            on_ack(_read_ack(reply, subject))
+
+    bus.request_nowait(subject, payload, on_reply, headers=headers, timeout=timeout)
+
+
+def _read_ack(reply: Message, subject: str) -> PubAck | FoundationError:
+    try:
+        body = orjson.loads(reply.data)
+        if "error" in body:
+            return translate(body["error"], subject)
+        return PubAck(body["stream"], body["seq"], body.get("duplicate", False))
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return BusRefusedError(f"{subject} was answered by something that is not JetStream.")
+
+
+async def append(
+    bus: Bus,
+    subject: str,
+    payload: bytes,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> PubAck:
+    """Publish to a stream and wait for the acknowledgement; a single attempt.
+
+    Raises:
+        MailboxFullError, StaleRevisionError, BusRefusedError: not stored.
+        BusUnavailableError: not stored; worth a retry.
+        BusTimeoutError: outcome unknown; retry with the same ``Nats-Msg-Id``.
+    """
+    future: asyncio.Future[PubAck] = asyncio.get_running_loop().create_future()
+
+    def on_ack(ack: PubAck | FoundationError) -> None:
+        if future.done():
+            return
+        if isinstance(ack, FoundationError):
+            future.set_exception(ack)
+        else:
+            future.set_result(ack)
+
+    append_nowait(bus, subject, payload, on_ack, headers=headers, timeout=timeout)
+    return await future
+
+
+async def api(
+    bus: Bus, verb: str, name: str = "", body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One JetStream API request.
+
+    Raises:
+        NotFoundError, BusRefusedError, BusUnavailableError, BusTimeoutError
+    """
+    subject = js_api(verb, name)
+    reply = await bus.request(subject, orjson.dumps(body) if body is not None else b"")
+    found: dict[str, Any] = orjson.loads(reply.data)
+    if "error" in found:
+        raise translate(found["error"], f"{verb} {name}".strip())
+    return found
+
+
+class StreamReader:
+    """Reads and trims one stream."""
+
+    def __init__(self, bus: Bus, stream: str) -> None:
+        self._bus = bus
+        self.stream = stream
+
+    async def info(self) -> dict[str, Any]:
+        """The server's description: ``state.last_seq``, ``state.messages``, ``ts`` (its clock) …"""
+        return await api(self._bus, "STREAM.INFO", self.stream)
+
+    async def page(
+        self,
+        subject: str | None,
+        start: int,
+        *,
+        batch: int = _PAGE,
+        start_time: str | None = None,
+    ) -> tuple[list[StoredMessage], int]:
+        """Messages from sequence *start* on (or from *start_time*), and how many more there are.
+
+        May be answered by a replica that lags behind the leader.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError, BusRefusedError
+        """
+        body: dict[str, Any] = {"batch": batch}
+        if start_time is not None:
+            body["start_time"] = start_time
+        else:
+            body["seq"] = start
+        if subject is not None:
+            body["next_by_subj"] = subject
+        return await self._collect(body)
+
+    async def last_of(self, subjects: Iterable[str]) -> dict[str, StoredMessage]:
+        """The last message of each subject that has one; a replica may answer."""
+        wanted = list(subjects)
+        found: dict[str, StoredMessage] = {}
+        for start in range(0, len(wanted), MULTI_LAST_MAX):
+            messages, _ = await self._collect(
+                {"multi_last": wanted[start : start + MULTI_LAST_MAX], "batch": MULTI_LAST_MAX + 24}
+            )
+            found.update((message.subject, message) for message in messages)
+        return found
+
+    async def _collect(self, body: Mapping[str, Any]) -> tuple[list[StoredMessage], int]:
+        messages: list[StoredMessage] = []
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Message | BusError) -> None:
+            if done.done():
+                return
+            if isinstance(reply, BusError):
+                done.set_exception(reply)
+            elif reply.status == 204 and not reply.data:
+                done.set_result(int(reply.header(b"Nats-Num-Pending") or b"0"))
+            elif reply.status == 404:
+                done.set_result(0)
+            elif reply.status:
+                done.set_exception(
+                    BusRefusedError(
+                        f"Direct Get on {self.stream}: {reply.status} {reply.status_text}."
+                    )
+                )
+            else:
+                headers = reply.headers()
+                messages.append(
+                    StoredMessage(
+                        headers["Nats-Subject"],
+                        int(headers["Nats-Sequence"]),
+                        reply.data,
+                        headers,
+                        headers.get("Nats-Time-Stamp", ""),
+                    )
+                )
+
+        token = self._bus.request_nowait(
+            direct_get(self.stream), orjson.dumps(body), on_reply, many=True
+        )
+        try:
+            pending = await done
+        except NoRespondersError as error:
+            raise BusUnavailableError(f"No server answers reads of {self.stream}.") from error
+        finally:
+            self._bus.forget(token)
+        return messages, pending
+
+    async def last_from_leader(self, subject: str) -> StoredMessage | None:
+        """The last message of *subject*, as the stream's leader knows it; None if there is none."""
+        return await self._get({"last_by_subj": subject})
+
+    async def at_sequence(self, sequence: int) -> StoredMessage | None:
+        """The message with this sequence; None if it is gone."""
+        return await self._get({"seq": sequence})
+
+    async def _get(self, body: Mapping[str, Any]) -> StoredMessage | None:
+        try:
+            found = (await api(self._bus, "STREAM.MSG.GET", self.stream, body))["message"]
+        except NotFoundError as error:
+            if error.details.get("err_code") == NO_MESSAGE:
+                return None
+            raise
+        headers: dict[str, str] = {}
+        if "hdrs" in found:
+            raw = base64.b64decode(found["hdrs"])
+            headers = Message("", "", b"", raw).headers()
+        return StoredMessage(
+            found["subject"],
+            found["seq"],
+            base64.b64decode(found.get("data", "")),
+            headers,
+            found.get("time", ""),
+        )
+
+    async def purge(self, subject: str, *, below: int | None = None) -> int:
+        """Remove *subject*'s messages with a sequence under *below* (None: all); returns how many."""
+        body: dict[str, Any] = {"filter": subject}
+        if below is not None:
+            body["seq"] = below
+        purged: int = (await api(self._bus, "STREAM.PURGE", self.stream, body))["purged"]
+        return purged
+
+    async def delete(self, sequence: int) -> bool:
+        """Remove one message; False if it was gone."""
+        try:
+            await api(self._bus, "STREAM.MSG.DELETE", self.stream, {"seq": sequence})
+        except (NotFoundError, BusRefusedError):
+            if await self.at_sequence(sequence) is None:
+                return False
+            raise
+        return True
+
+
+__all__ = [
+    "BusTimeoutError",
+    "OnAck",
+    "PubAck",
+    "StoredMessage",
+    "StreamReader",
+    "api",
+    "append",
+    "append_nowait",
+    "translate",
+]

@@ -1,0 +1,160 @@
+"""The nats-py client as we drive it: many subjects behind light routes, and pipelined publishing.
+
+nats-py gives every subscription a task and a queue (4.7 KB) and parses headers
+of every message. Here a subscription is a `Route` of a few slots whose handler
+runs inside the read loop, and headers stay bytes until somebody asks.
+
+Facts relied upon, verified against nats-py 2.16.0 and nats-server 2.15.1:
+
+- ``Client._process_msg`` is called by the parser for each message with raw
+  header bytes; ``Client._subs`` is replayed on reconnect from the attributes
+  ``_subject``, ``_queue``, ``_max_msgs`` and ``_received`` of its values.
+- What waits in ``Client._pending`` at a disconnect is sent after the reconnect,
+  even if its sender has long given up; `forget_pending` prevents that.
+- A payload that exceeds ``max_payload`` only by its headers closes the
+  connection for good (F5); `Bus` checks both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from nats.aio.client import Client
+
+from foundation_nats.base.logs import get_logger
+
+
+class Message:
+    """One message as it came off the wire; headers are parsed on demand."""
+
+    __slots__ = ("data", "raw_headers", "reply", "subject")
+
+    def __init__(self, subject: str, reply: str, data: bytes, raw_headers: bytes | None) -> None:
+        self.subject = subject
+        self.reply = reply
+        self.data = data
+        self.raw_headers = raw_headers
+
+    @property
+    def status(self) -> int:
+        """The inline status (404, 503 …); 0 for an ordinary message."""
+        raw = self.raw_headers
+        if raw is None or len(raw) < 12 or raw[8:9] != b" ":
+            return 0
+        digits = raw[9:12]
+        return int(digits) if digits.isdigit() else 0
+
+    @property
+    def status_text(self) -> str:
+        """The text after the inline status."""
+        raw = self.raw_headers or b""
+        return raw[12:].split(b"\r\n", 1)[0].strip().decode("utf-8", "replace")
+
+    def header(self, name: bytes) -> bytes | None:
+        """The value of header *name*, spelled as the server spells it."""
+        raw = self.raw_headers
+        if raw is None:
+            return None
+        start = raw.find(b"\r\n" + name + b":")
+        if start < 0:
+            return None
+        start += len(name) + 3
+        end = raw.find(b"\r\n", start)
+        return raw[start:end].strip()
+
+    def headers(self) -> dict[str, str]:
+        """All headers; of repeated ones the last."""
+        found: dict[str, str] = {}
+        for line in (self.raw_headers or b"").split(b"\r\n")[1:]:
+            name, colon, value = line.partition(b":")
+            if colon:
+                found[name.decode("utf-8", "replace")] = value.strip().decode("utf-8", "replace")
+        return found
+
+
+Handler = Callable[[Message], None]
+
+
+class Route:
+    """A subscription: a subject and a handler that must not block."""
+
+    __slots__ = ("_queue", "_subject", "handler", "sid")
+
+    # What nats-py looks at when it reconnects or closes.
+    _max_msgs = 0
+    _received = 0
+    _wait_for_msgs_task = None
+    _message_iterator = None
+    _pending_next_msgs_calls = None
+    _jsi = None
+
+    def __init__(self, subject: str, handler: Handler, queue: str = "") -> None:
+        self._subject = subject
+        self._queue = queue
+        self.handler = handler
+        self.sid = 0
+
+
+class WireClient(Client):
+    """nats-py's client with direct dispatch and raw publishing."""
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        route = self._subs.get(sid)
+        if type(route) is Route:
+            message = Message(
+                subject.decode("utf-8", "replace"), reply.decode("utf-8", "replace"), data, headers
+            )
+            try:
+                route.handler(message)
+            except Exception as error:  # it would end nats-py's read loop in silence
+                get_logger("bus").error(
+                    "message handler failed", subject=message.subject, exc_info=error
+                )
+        else:
+            await super()._process_msg(sid, subject, reply, data, headers)
+
+    def add_route(self, route: Route) -> None:
+        """Register interest; sent now if connected, and again at every reconnect."""
+        self._sid += 1
+        route.sid = self._sid
+        self._subs[route.sid] = route  # type: ignore[assignment]
+        if self.is_connected:
+            self.write(
+                f"SUB {route._subject} {route._queue} {route.sid}\r\n".encode()
+                if route._queue
+                else f"SUB {route._subject} {route.sid}\r\n".encode()
+            )
+
+    def remove_route(self, route: Route) -> None:
+        """End interest."""
+        if self._subs.pop(route.sid, None) is not None and self.is_connected:
+            self.write(f"UNSUB {route.sid}\r\n".encode())
+
+    def write(self, command: bytes) -> None:
+        """Queue one protocol command; one flush sends all that were queued in this turn."""
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        queue = self._flush_queue
+        if queue is not None and queue.empty():
+            queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    def forget_pending(self) -> None:
+        """Drop what was queued but not sent."""
+        self._pending = []
+        self._pending_data_size = 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes queued and not yet handed to the socket."""
+        size: int = self._pending_data_size
+        return size
+
+    @property
+    def server_facts(self) -> dict[str, Any]:
+        """The server's INFO."""
+        facts: dict[str, Any] = self._server_info or {}
+        return facts

@@ -1,0 +1,1 @@
+"""Facts: who is there, what runs where."""

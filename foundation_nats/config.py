@@ -1,0 +1,220 @@
+"""Frozen settings grouped by component; from keyword and environment, validated once.
+
+`Config.load` is the only reader of the environment (``FOUNDATION_*``, nested
+with ``__``: ``FOUNDATION_LIVENESS__DOWN_AFTER_S=3``). A component receives its
+own section, never the whole. Times are seconds; reliability of the defaults
+is argued in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from foundation_nats.errors import ConfigError
+from foundation_schemas.base import Name
+
+ENV_PREFIX = "FOUNDATION_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BusConfig(_Section):
+    """The connection to NATS."""
+
+    servers: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    creds: str | None = None
+    """Path of a ``.creds`` file."""
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+    connect_timeout_s: float = 5.0
+    request_timeout_s: float = 5.0
+    """For one request to JetStream or to a peer."""
+    ping_interval_s: float = 2.0
+    """With two outstanding pings a half-open connection is found in 6 s."""
+    in_flight_max: int = 4096
+    """Publishes awaiting their acknowledgement on one connection; more wait."""
+
+
+class MailboxConfig(_Section):
+    """The streams and the intake of agents."""
+
+    mailbox_max: int = Field(default=100_000, ge=1)
+    """Signals stored per mailbox, consumed ones included until trimmed; beyond: `MailboxFullError`."""
+    in_memory_max: int = Field(default=512, ge=2)
+    """Signals of one agent held in a worker's memory; beyond, it reads on from the stream."""
+    duplicate_window_s: float = 120.0
+    signals_max_bytes: int | None = None
+    """None: 60 % of what the account allows, so that mailboxes can't starve state commits (F8)."""
+    state_max_bytes: int = 512 * 1024
+    """Of one agent's state; with its outbox it must fit the server's ``max_payload`` of 1 MiB."""
+    emit_max_bytes: int = 256 * 1024
+    """Of what one handling emits; half as much again may wait in the outbox before the next."""
+    attempts_max: int = Field(default=4, ge=1)
+    """Tries of a handler that raises, before the signal is a dead letter."""
+    retry_first_s: float = 0.1
+    """Back-off before the second try; doubles."""
+    sweep_every_s: float = 5.0
+    """How often a worker asks the stream for signals whose live copy it may have missed."""
+    trim_every_s: float = 2.0
+    trim_min_age_s: float = 60.0
+    """A consumed signal stays this long as evidence against late repeats, space permitting."""
+    outbox_max: int = 1024
+    """Emitted, unpublished signals of one agent; beyond, it handles nothing new."""
+
+
+class LivenessConfig(_Section):
+    """Heartbeats and the failure detector."""
+
+    heartbeat_interval_s: float = 0.5
+    suspect_after_s: float = 1.5
+    down_after_s: float = 5.0
+    confirm_timeout_s: float = 0.3
+    probe_interval_s: float = 0.2
+    """Pause between probes for *no responders*; three misses are a verdict."""
+    bus_grace_s: float = 12.0
+    storm_fraction: float = 0.4
+    storm_hold_s: float = 30.0
+    fence_after_s: float | None = None
+    """How long an activation may answer after its proof of life; None: `down_after_s` − 1."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> LivenessConfig:
+        if not self.heartbeat_interval_s * 2 <= self.suspect_after_s < self.down_after_s:
+            raise ValueError(
+                "2 × heartbeat_interval_s <= suspect_after_s < down_after_s must hold, got "
+                f"{self.heartbeat_interval_s}, {self.suspect_after_s}, {self.down_after_s}"
+            )
+        if self.fence_s >= self.down_after_s:
+            raise ValueError(
+                f"fence_after_s ({self.fence_s}) must be below down_after_s ({self.down_after_s})"
+            )
+        return self
+
+    @property
+    def fence_s(self) -> float:
+        """`fence_after_s`, derived where it is not given."""
+        if self.fence_after_s is not None:
+            return self.fence_after_s
+        return max(self.down_after_s - 1.0, self.down_after_s * 0.6)
+
+
+class LeaseConfig(_Section):
+    """The leader's lease."""
+
+    ttl_s: float = 15.0
+    """Longer than a broker election (4 to 9 s), or leadership falls with every broker failover."""
+    renew_every_s: float = 3.0
+    stop_after_s: float = 10.0
+
+    @model_validator(mode="after")
+    def _relations(self) -> LeaseConfig:
+        if not 3 * self.renew_every_s <= self.ttl_s:
+            raise ValueError(f"ttl_s ({self.ttl_s}) must be >= 3 × renew_every_s")
+        if not self.renew_every_s < self.stop_after_s < self.ttl_s:
+            raise ValueError("renew_every_s < stop_after_s < ttl_s must hold")
+        return self
+
+
+class ControlConfig(_Section):
+    """The reconciler."""
+
+    resync_every_s: float = 5.0
+    """A full pass at least this often; changes trigger one at once."""
+    start_timeout_s: float = 30.0
+    """An agent that is `starting` longer is placed anew."""
+    unavailable_grace_s: float = 30.0
+    """How long a non-critical agent waits for its lost node before it is placed elsewhere."""
+    failed_backoff_s: float = 1.0
+    failed_backoff_max_s: float = 60.0
+
+
+class WorkerConfig(_Section):
+    """Worker processes and their restarts."""
+
+    restarts_max: int = 10
+    restart_window_s: float = 60.0
+    stop_timeout_s: float = 10.0
+    handler_timeout_s: float | None = None
+    """A handler that takes longer is cancelled and counts as failed; None: no limit."""
+    hang_after_s: float = 10.0
+    """A worker whose event loop answers no ping for this long is killed and restarted."""
+
+
+class Config(_Section):
+    """All settings of one process."""
+
+    cluster: Name = "default"
+    replicas: int = Field(default=1, ge=1, le=5)
+    """Copies of every stream and bucket; 3 on a NATS cluster of three servers."""
+    bus: BusConfig = BusConfig()
+    mailbox: MailboxConfig = MailboxConfig()
+    liveness: LivenessConfig = LivenessConfig()
+    lease: LeaseConfig = LeaseConfig()
+    control: ControlConfig = ControlConfig()
+    worker: WorkerConfig = WorkerConfig()
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Config:
+        """Settings from the environment, then *overrides* (nested dicts merge).
+
+        Raises:
+            ConfigError: a value is wrong; names the setting and the reason.
+        """
+        values: dict[str, Any] = {}
+        for key, text in os.environ.items():
+            if not key.startswith(ENV_PREFIX):
+                continue
+            path = key[len(ENV_PREFIX) :].lower().split("__")
+            if path[0] in _ENV_ALIASES and len(path) == 1:
+                path = list(_ENV_ALIASES[path[0]])
+            if path[0] not in cls.model_fields:
+                continue
+            here = values
+            for part in path[:-1]:
+                here = here.setdefault(part, {})
+            here[path[-1]] = tuple(text.split(",")) if path[-1] == "servers" else text
+        _merge(values, overrides)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"setting {where or 'relation'}: {first['msg']}") from error
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that make a child process load the same settings."""
+        found: dict[str, str] = {}
+        for key, value in self.model_dump(exclude_unset=True).items():
+            if isinstance(value, dict):
+                for inner, item in value.items():
+                    if item is not None:
+                        text = ",".join(item) if isinstance(item, tuple) else str(item)
+                        found[f"{ENV_PREFIX}{key.upper()}__{inner.upper()}"] = text
+            else:
+                found[f"{ENV_PREFIX}{key.upper()}"] = str(value)
+        return found
+
+
+_ENV_ALIASES: dict[str, tuple[str, str]] = {
+    "server": ("bus", "servers"),
+    "creds": ("bus", "creds"),
+    "user": ("bus", "user"),
+    "password": ("bus", "password"),
+    "token": ("bus", "token"),
+}
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

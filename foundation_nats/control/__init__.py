@@ -1,0 +1,1 @@
+"""Wishes made true."""

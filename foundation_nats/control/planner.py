@@ -1,0 +1,545 @@
+"""Compares what is wished with what is recorded and says which records must change.
+
+Pure and level-triggered: it looks at the whole and knows nothing of events, so
+that any leader can finish what another one began, and planning again after a
+plan was carried out gives nothing new.
+
+Rules, per agent that some deployment wants:
+
+- no record: place it. A fresh record starts above `epoch_floor`, which is
+  higher than any epoch its id ever had, so that the claim of an agent that was
+  deleted and is wished for again is not refused by its own old state.
+- its node is down: critical agents (or ``on_node_loss: restart``) are placed
+  elsewhere at once; ``unavailable`` waits for the node for ever, ``stop`` is
+  stopped; by default it waits `unavailable_grace_s`, then it is placed.
+- its node lives under a newer incarnation: the activation is lost. It is placed
+  anew, on the same node if that still qualifies.
+- ``starting`` for longer than `start_timeout_s`, on a node that gets nothing
+  else started either: placed anew.
+- ``failed``: placed anew after `failed_backoff_s` × 2^failures, at most
+  `failed_backoff_max_s`; never if ``restart: temporary``.
+- it runs another spec than wished: stopped, then placed again where it was. At
+  most a quarter of a deployment's agents (at least one) is not running because
+  of this; a new spec that doesn't start stops the change from going on.
+- no node qualifies: ``pending``, with the reason for each node.
+
+An agent that nobody wants is stopped where it may be running, and its record
+is forgotten once nobody runs it. A node that is only suspected is left alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from foundation_nats.cluster.registry import Held
+from foundation_nats.cluster.view import NodeView
+from foundation_nats.config import ControlConfig
+from foundation_nats.control.commands import (
+    Assign,
+    Cause,
+    Command,
+    Forget,
+    MarkPending,
+    MarkStopped,
+    MarkUnavailable,
+    Plan,
+    Stop,
+)
+from foundation_nats.placement.constraints import Usage
+from foundation_nats.placement.place import Placer, Unplaceable, Wanted
+from foundation_nats.placement.strategies import Strategy
+from foundation_schemas import (
+    AgentRecord,
+    AgentSpec,
+    AgentStatus,
+    Deployment,
+    NodeStatus,
+    OnNodeLoss,
+    RecoveredFrom,
+)
+
+COMMANDS_MAX = 10_000
+"""Of one plan: more would keep the leader's event loop from its heartbeats."""
+
+_ROLL_SHARE = 4
+_PROGRESS_S = 5.0
+"""A node that got an agent started this recently is busy, not stuck …"""
+_PATIENCE = 10
+"""… until an agent has waited this many time-outs."""
+
+_ACTIVE = frozenset({AgentStatus.STARTING, AgentStatus.RUNNING, AgentStatus.MOVING})
+"""Somebody may be running it."""
+
+
+@dataclass(slots=True)
+class History:
+    """What the reconciler remembers besides records: times on its own monotonic clock."""
+
+    since: dict[str, float] = field(default_factory=dict)
+    """Agent to when its record was first seen in its present condition; missing: just now."""
+    homes: dict[str, str] = field(default_factory=dict)
+    """Agent to the node that its record named last, for restarts in place."""
+    progress: dict[str, float] = field(default_factory=dict)
+    """Node to when one of its agents last came to run."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """An agent that needs a node."""
+
+    deployment: Deployment
+    digest: str
+    held: Held | None
+    agent: str
+    cause: Cause
+    recovered_from: RecoveredFrom | None = None
+    prefer: str | None = None
+    only: str | None = None
+
+    @property
+    def urgency(self) -> int:
+        """Lower is placed first: critical agents get what capacity there is."""
+        lost = self.cause is Cause.NODE_DOWN or self.cause is Cause.NODE_RESTARTED
+        return (0 if self.deployment.spec.critical else 2) + (0 if lost else 1)
+
+
+@lru_cache(maxsize=256)
+def _replica_ids(name: str, replicas: int) -> tuple[str, ...]:
+    return tuple(f"{name}-{i}" for i in range(replicas))
+
+
+def _ids(deployment: Deployment) -> Sequence[str]:
+    if deployment.replicas is None:
+        return (deployment.name,)
+    return _replica_ids(deployment.name, deployment.replicas)
+
+
+def effective_policy(spec: AgentSpec) -> OnNodeLoss | None:
+    """What becomes of the agent when its node is down; None: wait for a grace, then restart."""
+    if spec.on_node_loss is None and spec.critical:
+        return OnNodeLoss.RESTART
+    return spec.on_node_loss
+
+
+def plan(
+    desired: Mapping[str, Deployment],
+    held: Mapping[str, Held],
+    nodes: Mapping[str, NodeView],
+    now: float,
+    config: ControlConfig,
+    leader: str | None,
+    rng: random.Random,
+    *,
+    history: History | None = None,
+    epoch_floor: int = 0,
+    at: str | None = None,
+    commands_max: int | None = COMMANDS_MAX,
+) -> Plan:
+    """Say what must change.
+
+    Args:
+        nodes: every node that a record names must be in it, as DOWN where nobody
+            hears of it; agents of a node that is missing here are left alone.
+        epoch_floor: fresh records start above it.
+        at: the text for the records' `since`.
+    """
+    planner = _Planner(desired, held, nodes, now, config, history or History(), epoch_floor, at)
+    return planner.run(leader, rng, commands_max)
+
+
+class _Planner:
+    def __init__(
+        self,
+        desired: Mapping[str, Deployment],
+        held: Mapping[str, Held],
+        nodes: Mapping[str, NodeView],
+        now: float,
+        config: ControlConfig,
+        history: History,
+        epoch_floor: int,
+        at: str | None,
+    ) -> None:
+        self._desired = desired
+        self._held = held
+        self._nodes = nodes
+        self._now = now
+        self._config = config
+        self._history = history
+        self._epoch_floor = epoch_floor
+        self._at = at
+        self._commands: list[Command] = []
+        self._open: list[_Open] = []
+        self._wake: float | None = None
+        self._taken: dict[tuple[str, str, str], tuple[AgentSpec, list[int]]] = {}
+
+    def run(self, leader: str | None, rng: random.Random, commands_max: int | None) -> Plan:
+        matched = self._look_at_wanted()
+        if matched < len(self._held):
+            self._look_at_unwanted()
+        # Stable: agents of equal urgency keep the order of names and ordinals.
+        self._open.sort(key=lambda item: item.urgency)
+        limit = len(self._open) + len(self._commands) if commands_max is None else commands_max
+        room = max(0, limit - len(self._commands))
+        truncated = len(self._open) > room or len(self._commands) > limit
+        self._place(self._open[:room] if truncated else self._open, leader, rng)
+        return Plan(tuple(self._commands[:limit]), self._wake, truncated)
+
+    # ---- looking ------------------------------------------------------------------
+
+    def _look_at_wanted(self) -> int:
+        held, nodes, taken = self._held, self._nodes, self._taken
+        matched = 0
+        for name in sorted(self._desired):
+            deployment = self._desired[name]
+            ids = _ids(deployment)
+            digest = deployment.spec.digest()
+            running = 0
+            rolling: list[Held] = []
+            for agent in ids:
+                item = held.get(agent)
+                if item is None:
+                    self._open.append(_Open(deployment, digest, None, agent, Cause.NEW))
+                    continue
+                matched += 1
+                record = item.record
+                if record.status in _ACTIVE and record.node is not None:
+                    view = nodes.get(record.node)
+                    if (
+                        view is not None
+                        and view.record.incarnation == record.incarnation
+                        and view.status is not NodeStatus.DOWN
+                    ):
+                        key = (record.node, name, record.digest)
+                        count = taken.get(key)
+                        if count is None:
+                            taken[key] = (record.spec, [1])
+                        else:
+                            count[1][0] += 1
+                        if record.desired != "run":
+                            continue
+                        if record.digest != digest:
+                            rolling.append(item)
+                        elif record.status is not AgentStatus.RUNNING:
+                            self._starting(deployment, digest, item)
+                            continue
+                        if record.status is AgentStatus.RUNNING:
+                            running += 1
+                        continue
+                self._at_rest(deployment, digest, item)
+            if rolling:
+                self._roll(rolling, max(1, len(ids) // _ROLL_SHARE) - (len(ids) - running))
+        return matched
+
+    def _roll(self, rolling: Sequence[Held], budget: int) -> None:
+        for item in rolling:
+            if item.record.status is AgentStatus.RUNNING:
+                if budget <= 0:
+                    continue
+                budget -= 1
+            self._stop(item)
+
+    def _starting(self, deployment: Deployment, digest: str, item: Held) -> None:
+        record = item.record
+        assert record.node is not None
+        waited = self._waited(record.id)
+        timeout = self._config.start_timeout_s
+        busy = self._now - self._history.progress.get(record.node, -1e9) < _PROGRESS_S
+        if waited >= timeout * (_PATIENCE if busy else 1):
+            self._reopen(deployment, digest, item, Cause.LATE)
+        elif waited >= timeout:
+            self._wake_in(_PROGRESS_S)
+        else:
+            self._wake_in(timeout - waited)
+
+    def _at_rest(self, deployment: Deployment, digest: str, item: Held) -> None:
+        """A wanted agent that nobody runs, as far as we know."""
+        record, spec = item.record, deployment.spec
+        changed = record.digest != digest
+        match record.status:
+            case AgentStatus.PENDING:
+                self._reopen(deployment, digest, item, Cause.WAITED)
+            case AgentStatus.HIBERNATED:
+                pass
+            case AgentStatus.STOPPED:
+                if changed or record.desired != "run":
+                    self._reopen(deployment, digest, item, Cause.RESTARTED)
+                elif not _was_stopped_by_loss(record) and spec.restart == "permanent":
+                    self._after(self._config.failed_backoff_s, deployment, digest, item)
+            case AgentStatus.FAILED:
+                if changed or record.desired != "run":
+                    self._reopen(deployment, digest, item, Cause.RETRY)
+                elif spec.restart != "temporary":
+                    backoff = self._config.failed_backoff_s * 2 ** min(record.failures, 30)
+                    backoff = min(backoff, self._config.failed_backoff_max_s)
+                    self._after(backoff, deployment, digest, item)
+            case AgentStatus.UNAVAILABLE:
+                self._unavailable(deployment, digest, item)
+            case AgentStatus.STARTING | AgentStatus.RUNNING | AgentStatus.MOVING:
+                self._lost(deployment, digest, item)
+
+    def _after(self, pause: float, deployment: Deployment, digest: str, item: Held) -> None:
+        waited = self._waited(item.record.id)
+        if waited < pause:
+            self._wake_in(pause - waited)
+            return
+        stopped = item.record.status is AgentStatus.STOPPED
+        self._reopen(deployment, digest, item, Cause.RESTARTED if stopped else Cause.RETRY)
+
+    def _lost(self, deployment: Deployment, digest: str, item: Held) -> None:
+        record = item.record
+        if record.node is None:
+            self._reopen(deployment, digest, item, Cause.WAITED)
+            return
+        view = self._nodes.get(record.node)
+        if view is None or view.incarnation < record.incarnation:
+            return  # our view of the nodes is behind the record
+        policy = effective_policy(deployment.spec)
+        if policy is OnNodeLoss.STOP:
+            self._mark_stopped(item)
+        elif view.is_alive:
+            if policy is OnNodeLoss.UNAVAILABLE and view.status is not NodeStatus.UP:
+                self._mark_unavailable(item, policy)
+            else:
+                self._reopen(deployment, digest, item, Cause.NODE_RESTARTED)
+        elif policy is OnNodeLoss.RESTART:
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+        else:
+            self._mark_unavailable(item, policy)
+
+    def _unavailable(self, deployment: Deployment, digest: str, item: Held) -> None:
+        record = item.record
+        policy = effective_policy(deployment.spec)
+        view = None if record.node is None else self._nodes.get(record.node)
+        if record.node is None or policy is OnNodeLoss.RESTART:
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+        elif policy is OnNodeLoss.STOP:
+            self._mark_stopped(item)
+        elif view is not None and view.status is NodeStatus.UP:
+            self._reopen(deployment, digest, item, Cause.RETURNED)
+        elif policy is None:
+            waited = self._waited(record.id)
+            if waited >= self._config.unavailable_grace_s:
+                self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+            else:
+                self._wake_in(self._config.unavailable_grace_s - waited)
+
+    def _look_at_unwanted(self) -> None:
+        wanted = {agent for deployment in self._desired.values() for agent in _ids(deployment)}
+        for agent, item in self._held.items():
+            if agent in wanted:
+                continue
+            record = item.record
+            if record.status not in _ACTIVE or record.node is None:
+                self._commands.append(Forget(agent, None, item.revision))
+                continue
+            view = self._nodes.get(record.node)
+            if view is None or view.incarnation < record.incarnation:
+                continue
+            if view.incarnation > record.incarnation or not view.is_alive:
+                self._commands.append(Forget(agent, None, item.revision))
+                continue
+            key = (record.node, record.deployment or agent, record.digest)
+            count = self._taken.setdefault(key, (record.spec, [0]))
+            count[1][0] += 1
+            if record.desired == "run":
+                self._stop(item)
+
+    # ---- saying -------------------------------------------------------------------
+
+    def _waited(self, agent: str) -> float:
+        return self._now - self._history.since.get(agent, self._now)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._wake is None or seconds < self._wake:
+            self._wake = seconds
+
+    def _stop(self, item: Held) -> None:
+        record = item.record.model_copy(update={"desired": "stop", "since": self._at})
+        self._commands.append(Stop(record.id, record, item.revision))
+
+    def _mark_unavailable(self, item: Held, policy: OnNodeLoss | None) -> None:
+        record = item.record
+        assert record.node is not None
+        how_long = (
+            "waits for its return"
+            if policy is OnNodeLoss.UNAVAILABLE
+            else f"waits {self._config.unavailable_grace_s:g} s for its return"
+        )
+        after = record.model_copy(
+            update={
+                "status": AgentStatus.UNAVAILABLE,
+                "desired": "run",
+                "reason": f"node {record.node} is down; {how_long}",
+                "recovered_from": RecoveredFrom(
+                    node=record.node, epoch=record.epoch, reason="node_down"
+                ),
+                "since": self._at,
+            }
+        )
+        self._commands.append(MarkUnavailable(record.id, after, item.revision))
+        if policy is None:
+            self._wake_in(self._config.unavailable_grace_s)
+
+    def _mark_stopped(self, item: Held) -> None:
+        record = item.record
+        assert record.node is not None
+        after = record.model_copy(
+            update={
+                "status": AgentStatus.STOPPED,
+                "desired": "run",
+                "node": None,
+                "reason": f"node {record.node} is down, and on_node_loss is stop",
+                "recovered_from": RecoveredFrom(
+                    node=record.node, epoch=record.epoch, reason="node_down"
+                ),
+                "since": self._at,
+            }
+        )
+        self._commands.append(MarkStopped(record.id, after, item.revision))
+
+    def _reopen(self, deployment: Deployment, digest: str, item: Held, cause: Cause) -> None:
+        record = item.record
+        home = record.node or self._history.homes.get(record.id)
+        recovered = record.recovered_from
+        prefer = only = None
+        match cause:
+            case Cause.NODE_DOWN | Cause.NODE_RESTARTED | Cause.RETURNED:
+                if record.node is not None:
+                    recovered = RecoveredFrom(
+                        node=record.node,
+                        epoch=record.epoch,
+                        reason="restarted" if cause is Cause.NODE_RESTARTED else "node_down",
+                    )
+                if cause is not Cause.NODE_DOWN:
+                    prefer = record.node
+                    if effective_policy(deployment.spec) is OnNodeLoss.UNAVAILABLE:
+                        only = record.node
+            case Cause.RESTARTED | Cause.RETRY | Cause.LATE:
+                if home is not None:
+                    recovered = RecoveredFrom(node=home, epoch=record.epoch, reason="restarted")
+                if cause is Cause.RESTARTED:
+                    prefer = home
+            case Cause.WAITED | Cause.NEW:
+                pass
+        if deployment.spec.placement.strategy == Strategy.LOCAL_PREFERRED:
+            prefer = home
+        self._open.append(
+            _Open(deployment, digest, item, record.id, cause, recovered, prefer, only)
+        )
+
+    # ---- placing ------------------------------------------------------------------
+
+    def _used(self) -> dict[str, Usage]:
+        used: dict[str, Usage] = {}
+        for (node, group, _), (spec, count) in self._taken.items():
+            used.setdefault(node, Usage()).add(spec, group, count[0])
+        return used
+
+    def _place(self, opened: Sequence[_Open], leader: str | None, rng: random.Random) -> None:
+        if not opened:
+            return
+        placer = Placer(self._nodes, self._used(), leader, rng)
+        nodes, commands = self._nodes, self._commands
+        for item in opened:
+            spec = item.deployment.spec
+            found = placer.place(
+                Wanted(item.agent, spec, item.deployment.name, item.prefer, item.only)
+            )
+            if isinstance(found, Unplaceable):
+                self._unplaceable(item, found)
+                continue
+            before = None if item.held is None else item.held.record
+            commands.append(
+                Assign(
+                    item.agent,
+                    self._record(
+                        item,
+                        status=AgentStatus.STARTING,
+                        node=found.node,
+                        incarnation=nodes[found.node].record.incarnation,
+                        epoch=(self._epoch_floor if before is None else before.epoch) + 1,
+                    ),
+                    0 if item.held is None else item.held.revision,
+                    item.cause,
+                    before,
+                )
+            )
+
+    def _record(
+        self,
+        item: _Open,
+        *,
+        status: AgentStatus,
+        node: str | None,
+        incarnation: int,
+        epoch: int,
+        reason: str | None = None,
+    ) -> AgentRecord:
+        before = None if item.held is None else item.held.record
+        same = before is not None and before.digest == item.digest
+        # Every part was validated before; doing it again would double the cost of a failover.
+        return AgentRecord.model_construct(
+            id=item.agent,
+            deployment=None if item.deployment.standalone else item.deployment.name,
+            status=status,
+            desired="run",
+            node=node,
+            incarnation=incarnation,
+            epoch=epoch,
+            spec=item.deployment.spec,
+            digest=item.digest,
+            reason=reason,
+            recovered_from=item.recovered_from,
+            failures=before.failures if before is not None and same else 0,
+            since=self._at,
+        )
+
+    def _unplaceable(self, item: _Open, found: Unplaceable) -> None:
+        before = None if item.held is None else item.held.record
+        expected = 0 if item.held is None else item.held.revision
+        if item.cause is Cause.LATE:
+            return  # where it is starting is still the best there is
+        text = f"no node qualifies: {found.text()}"
+        if item.only is not None and before is not None:
+            if before.status is AgentStatus.UNAVAILABLE and before.reason == text:
+                return
+            after = before.model_copy(
+                update={
+                    "status": AgentStatus.UNAVAILABLE,
+                    "reason": text,
+                    "recovered_from": item.recovered_from,
+                    "since": self._at,
+                }
+            )
+            self._commands.append(MarkUnavailable(item.agent, after, expected))
+            return
+        if (
+            before is not None
+            and before.status is AgentStatus.PENDING
+            and before.node is None
+            and before.reason == text
+            and before.digest == item.digest
+        ):
+            return
+        record = self._record(
+            item,
+            status=AgentStatus.PENDING,
+            node=None,
+            incarnation=0,
+            epoch=self._epoch_floor if before is None else before.epoch,
+            reason=text,
+        )
+        self._commands.append(MarkPending(item.agent, record, expected, dict(found.reasons)))
+
+
+def _was_stopped_by_loss(record: AgentRecord) -> bool:
+    origin = record.recovered_from
+    return origin is not None and origin.reason == "node_down" and origin.epoch == record.epoch
+
+
+def assignments(found: Plan) -> Iterator[Assign]:
+    """The plan's assignments."""
+    return (command for command in found.commands if isinstance(command, Assign))

@@ -1,0 +1,287 @@
+"""Every error we raise on purpose, as one tree, each with `code`, `retryable` and `outcome`.
+
+::
+
+    FoundationError
+    ├── ConfigError                     settings are wrong; raised before any I/O
+    │   └── ManifestError               a manifest is wrong: what, on which line, what would be right
+    ├── ServerError                     the nats-server cannot be started or used
+    ├── BusError                        NATS did not do what we asked
+    │   ├── BusUnavailableError         retryable   not applied     no connection, no JetStream leader
+    │   │   └── NoRespondersError       nobody listens on the subject
+    │   ├── BusTimeoutError             retryable   outcome UNKNOWN
+    │   ├── BusRefusedError             not applied     limits, missing stream
+    │   │   ├── PermissionDeniedError
+    │   │   └── PayloadTooLargeError
+    │   └── DecodeError                 bytes that are none of our models
+    ├── ConflictError                   someone else was first
+    │   ├── AlreadyExistsError
+    │   ├── NodeNameTakenError
+    │   ├── StaleRevisionError          re-read and decide again
+    │   └── FencedError                 your epoch is over: stop, do not retry
+    ├── NotFoundError
+    │   ├── AgentNotFoundError
+    │   ├── NodeNotFoundError
+    │   ├── DeploymentNotFoundError
+    │   └── DeadLetterNotFoundError
+    ├── MailboxFullError                retryable   not applied     the receiver does not keep up
+    ├── PlacementError                  lists the reason per node
+    ├── NotSettledError                 the wish stands, but was not true in time
+    ├── AgentError                      something is wrong in or with an agent
+    │   ├── AgentUnavailableError       retryable   not applied     not running, or not sure it still may
+    │   ├── AskTimeoutError             outcome UNKNOWN
+    │   ├── HandlerError                the handler raised
+    │   ├── PayloadInvalidError         the payload does not fit the handler's model
+    │   ├── UnhandledSignalError        the agent has no handler for the type
+    │   ├── StateTooLargeError
+    │   └── StateInvalidError           the stored or new state does not fit the model
+    └── RemoteError                     a peer's error whose class we do not know
+
+`outcome` tells whether the operation may have happened all the same:
+``not_applied`` it did not, ``unknown`` it may have. Fields carry data; the
+message is one sentence for people. An error crosses the bus as `ErrorBody`
+and is the same class again on the other side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+Outcome = Literal["not_applied", "unknown"]
+
+
+class FoundationError(Exception):
+    """The root: catch it to catch everything this library raises on purpose."""
+
+    code: ClassVar[str] = "foundation"
+    retryable: ClassVar[bool] = False
+    outcome: ClassVar[Outcome] = "not_applied"
+
+    def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        """What to do now, where we know."""
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} {self.hint}"
+
+
+class ConfigError(FoundationError):
+    """Settings are wrong; raised before any I/O."""
+
+    code = "config"
+
+
+class ManifestError(ConfigError):
+    """A manifest is wrong; says what, where, and what would be right."""
+
+    code = "manifest"
+
+
+class ServerError(FoundationError):
+    """The nats-server cannot be started or used."""
+
+    code = "server"
+
+
+class BusError(FoundationError):
+    """NATS did not do what we asked."""
+
+    code = "bus"
+
+
+class BusUnavailableError(BusError):
+    """No connection or no JetStream leader; nothing was applied."""
+
+    code = "bus.unavailable"
+    retryable = True
+
+
+class NoRespondersError(BusUnavailableError):
+    """Nobody listens on the subject."""
+
+    code = "bus.no_responders"
+
+
+class BusTimeoutError(BusError):
+    """No answer in time; the operation may have been applied all the same."""
+
+    code = "bus.timeout"
+    retryable = True
+    outcome = "unknown"
+
+
+class BusRefusedError(BusError):
+    """The server refused: a limit, a missing stream, a bad request."""
+
+    code = "bus.refused"
+
+
+class PermissionDeniedError(BusRefusedError):
+    """The credentials do not allow this subject."""
+
+    code = "bus.permission_denied"
+
+
+class PayloadTooLargeError(BusRefusedError):
+    """Headers and payload exceed the server's ``max_payload``; nothing reached the wire."""
+
+    code = "bus.payload_too_large"
+
+
+class DecodeError(BusError):
+    """Bytes that are none of our models."""
+
+    code = "bus.decode"
+
+
+class ConflictError(FoundationError):
+    """Someone else was first."""
+
+    code = "conflict"
+
+
+class AlreadyExistsError(ConflictError):
+    """The name is in use."""
+
+    code = "conflict.exists"
+
+
+class NodeNameTakenError(ConflictError):
+    """A node of this name is alive."""
+
+    code = "conflict.node_name_taken"
+
+
+class StaleRevisionError(ConflictError):
+    """The key changed since it was read: re-read and decide again."""
+
+    code = "conflict.stale_revision"
+
+
+class FencedError(ConflictError):
+    """A newer activation owns the agent: stop, do not retry."""
+
+    code = "conflict.fenced"
+
+
+class NotFoundError(FoundationError):
+    """There is no such thing."""
+
+    code = "not_found"
+
+
+class AgentNotFoundError(NotFoundError):
+    """There is no agent of this id."""
+
+    code = "not_found.agent"
+
+
+class NodeNotFoundError(NotFoundError):
+    """There is no node of this name."""
+
+    code = "not_found.node"
+
+
+class DeploymentNotFoundError(NotFoundError):
+    """There is no deployment of this name."""
+
+    code = "not_found.deployment"
+
+
+class DeadLetterNotFoundError(NotFoundError):
+    """There is no dead letter with this number."""
+
+    code = "not_found.dead_letter"
+
+
+class MailboxFullError(FoundationError):
+    """The receiver's mailbox is at its limit; the signal was not stored."""
+
+    code = "mailbox_full"
+    retryable = True
+
+
+class PlacementError(FoundationError):
+    """No node qualifies; `details` has the reason per node."""
+
+    code = "placement"
+
+
+class NotSettledError(FoundationError):
+    """The wish is stored, but was not true in time; the cluster goes on trying."""
+
+    code = "not_settled"
+
+
+class AgentError(FoundationError):
+    """Something is wrong in or with an agent."""
+
+    code = "agent"
+
+
+class AgentUnavailableError(AgentError):
+    """The agent is not running now, or its activation is not sure that it still may answer."""
+
+    code = "agent.unavailable"
+    retryable = True
+
+
+class AskTimeoutError(AgentError):
+    """No reply in time; the agent may have handled the question all the same."""
+
+    code = "agent.ask_timeout"
+    outcome = "unknown"
+
+
+class HandlerError(AgentError):
+    """The agent's handler raised; its state is as before."""
+
+    code = "agent.handler"
+
+
+class PayloadInvalidError(AgentError):
+    """The payload does not fit the handler's model; `details` has pydantic's list of errors."""
+
+    code = "agent.payload_invalid"
+
+
+class UnhandledSignalError(AgentError):
+    """The agent has no handler for this type of signal."""
+
+    code = "agent.unhandled_signal"
+
+
+class StateTooLargeError(AgentError):
+    """The agent's record would exceed the limit; nothing was overwritten."""
+
+    code = "agent.state_too_large"
+
+
+class StateInvalidError(AgentError):
+    """A stored record or a new state does not fit the model; nothing was overwritten."""
+
+    code = "agent.state_invalid"
+
+
+class RemoteError(FoundationError):
+    """A peer's error whose class we do not know; `details["code"]` has its code."""
+
+    code = "remote"
+
+
+def _all_errors(root: type[FoundationError]) -> dict[str, type[FoundationError]]:
+    known = {root.code: root}
+    for child in root.__subclasses__():
+        known.update(_all_errors(child))
+    return known
+
+
+def error_from_wire(code: str, message: str, details: dict[str, Any]) -> FoundationError:
+    """The error a peer raised, as the same class again (`RemoteError` where we don't know it)."""
+    known = _all_errors(FoundationError).get(code)
+    if known is None:
+        return RemoteError(message, **{**details, "code": code})
+    return known(message, **{k: v for k, v in details.items() if k not in ("message", "hint")})

@@ -1,0 +1,1 @@
+"""One process in the cluster; hosts a `Workload`, never an agent."""

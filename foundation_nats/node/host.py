@@ -1,0 +1,480 @@
+"""The agents of one node: makes the workers hold what the registry says this node holds.
+
+Level-triggered: an assignment is a record that names this node and this
+incarnation with status ``starting``; whatever else happens, the workers are
+made to match the records, and what workers report is written back by
+compare-and-set. A record that has moved on (a newer epoch, another node) wins
+over any report. The node itself refuses what would exceed its declared
+capacity, whoever assigned it (P5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from foundation_nats.base.clock import utc_text
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus import rpc
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.registry import Change, Held, Registry
+from foundation_nats.errors import BusError, FoundationError, StaleRevisionError
+from foundation_nats.node.trimmer import Trimmer
+from foundation_nats.node.workers import Workers
+from foundation_schemas import (
+    AgentRecord,
+    AgentReport,
+    AgentStatus,
+    Load,
+    RecoveredFrom,
+    StartRequest,
+    StopRequest,
+    WorkerReport,
+)
+
+_CHUNK = 200
+_RETRY_S = 0.2
+_SLOTS = "slots"
+
+Emit = Callable[..., None]
+
+
+@dataclass(slots=True)
+class Placed:
+    """An agent that this node holds."""
+
+    worker: str
+    epoch: int
+    record: AgentRecord
+    told: bool = False
+    """Its worker has accepted the order to start it."""
+
+
+def needs(record: AgentRecord) -> dict[str, float]:
+    """What an agent takes of its node's capacity."""
+    return {_SLOTS: 1.0, **record.spec.resources}
+
+
+class Host:
+    """Matches workers to records, and records to reports."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        registry: Registry,
+        workers: Workers,
+        trimmer: Trimmer,
+        *,
+        node: str,
+        capacity: dict[str, float],
+        emit: Emit,
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._registry = registry
+        self._workers = workers
+        self._trimmer = trimmer
+        self._node = node
+        self._capacity = capacity
+        self._emit = emit
+        self._incarnation = 0
+        self._placed: dict[str, Placed] = {}
+        self._counts: dict[str, int] = {}
+        self._used: dict[str, float] = {}
+        self._reports: dict[str, AgentReport] = {}
+        self._touched: set[str] = set()
+        self._lost: dict[str, str] = {}
+        """Agents whose worker died: id to the worker."""
+        self._loads: dict[str, Load] = {}
+        self._wake = asyncio.Event()
+        self._draining: str | None = None
+        self._log = get_logger("host").bind(node=node)
+
+    def open(self, scope: TaskScope, incarnation: int) -> None:
+        """Begin to follow the registry."""
+        self._incarnation = incarnation
+        self._counts = dict.fromkeys(self._workers.ids, 0)
+        self._registry.subscribe(self._on_change)
+        self._touch_mine()
+        subject = self._subjects.control_node(self._node, "report")
+        rpc.serve(self._bus, scope, subject, self._on_report)
+        scope.start(self._run(), "host")
+
+    def _touch_mine(self) -> None:
+        self._touched.update(held.record.id for held in self._registry.on_node(self._node))
+        self._wake.set()
+
+    # ---- what the outside sees ----------------------------------------------------
+
+    def agents(self) -> dict[str, int]:
+        """Id to epoch of what this node holds."""
+        return {agent: placed.epoch for agent, placed in self._placed.items()}
+
+    def load(self) -> Load:
+        """The sum over the workers."""
+        loads = [self._loads[worker] for worker in self._workers.ids if worker in self._loads]
+        return Load(
+            agents=len(self._placed),
+            backlog=sum(load.backlog for load in loads),
+            lag_ms=max((load.lag_ms for load in loads), default=0.0),
+        )
+
+    # ---- events -------------------------------------------------------------------
+
+    def _on_change(self, agent: str, held: Held | None) -> None:
+        if (held is not None and held.record.node == self._node) or agent in self._placed:
+            self._touched.add(agent)
+            self._wake.set()
+
+    async def _on_report(self, data: bytes) -> None:
+        report = rpc.decode(WorkerReport, data)
+        if report.incarnation != self._incarnation:
+            return
+        self._loads[report.worker] = report.load
+        self._trimmer.note(report.consumed)
+        for change in report.changes:
+            known = self._reports.get(change.id)
+            if known is None or known.epoch <= change.epoch:
+                self._reports[change.id] = change
+        if report.changes:
+            self._wake.set()
+
+    def worker_ready(self, worker: str) -> None:
+        """A worker takes orders now."""
+        self._touched.update(
+            agent for agent, placed in self._placed.items() if placed.worker == worker
+        )
+        self._touch_mine()
+
+    def worker_died(self, worker: str, cause: str) -> None:
+        """A worker is gone, and with it the activations in it."""
+        lost = [agent for agent, placed in self._placed.items() if placed.worker == worker]
+        self._loads.pop(worker, None)
+        self._lost.update((agent, worker) for agent in lost)
+        self._emit(
+            "worker",
+            "died",
+            f"Worker {worker} ended ({cause}) with {len(lost)} agents; they are restarted.",
+            worker=worker,
+            cause=cause,
+            agents=len(lost),
+        )
+        self._wake.set()
+
+    def new_incarnation(self, incarnation: int) -> None:
+        """This node was declared down and begins a new life: it holds nothing any more."""
+        self._incarnation = incarnation
+        for agent in list(self._placed):
+            self._unplace(agent)
+        self._reports.clear()
+        self._lost.clear()
+        self._touch_mine()
+
+    # ---- the loop -----------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(0.001)  # gather what changes together
+            self._wake.clear()
+            try:
+                await self._reclaim_lost()
+                await self._write_reports()
+                await self._match()
+            except BusError as error:
+                self._log.info("host loop will try again", error=str(error))
+                await asyncio.sleep(_RETRY_S)
+                self._touch_mine()
+
+    async def _reclaim_lost(self) -> None:
+        """Give agents of a dead worker their next epoch, here."""
+        if not self._lost:
+            return
+        changes = []
+        for agent in list(self._lost):
+            held = self._registry.get(agent)
+            placed = self._placed.get(agent)
+            if (
+                held is None
+                or placed is None
+                or held.record.node != self._node
+                or held.record.epoch != placed.epoch
+                or held.record.desired != "run"
+            ):
+                self._lost.pop(agent)
+                self._unplace(agent)
+                self._touched.add(agent)
+                continue
+            changes.append(
+                Change(
+                    agent,
+                    held.record.model_copy(
+                        update={
+                            "status": AgentStatus.STARTING,
+                            "epoch": held.record.epoch + 1,
+                            "incarnation": self._incarnation,
+                            "reason": None,
+                            "recovered_from": RecoveredFrom(
+                                node=self._node, epoch=held.record.epoch, reason="worker_died"
+                            ),
+                            "since": utc_text(),
+                        }
+                    ),
+                    held.revision,
+                )
+            )
+        results = await self._registry.write_many(changes)
+        retry = False
+        for change, result in zip(changes, results, strict=True):
+            if isinstance(result, FoundationError):
+                retry = True
+            else:
+                self._lost.pop(change.id, None)
+        if retry:
+            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    async def _write_reports(self) -> None:
+        """Write what became of agents into their records."""
+        if not self._reports:
+            return
+        changes: list[Change] = []
+        reports: list[AgentReport] = []
+        for agent, report in list(self._reports.items()):
+            held = self._registry.get(agent)
+            placed = self._placed.get(agent)
+            if report.status is not AgentStatus.RUNNING and (
+                placed is not None and placed.epoch == report.epoch
+            ):
+                self._unplace(agent)
+            record = None if held is None else self._after(held.record, report)
+            if held is None or record is None:
+                del self._reports[agent]
+                self._touched.add(agent)
+                continue
+            changes.append(Change(agent, record, held.revision))
+            reports.append(report)
+        results = await self._registry.write_many(changes)
+        retry = False
+        for change, report, result in zip(changes, reports, results, strict=True):
+            if isinstance(result, FoundationError):
+                retry = True
+                if not isinstance(result, StaleRevisionError):
+                    self._log.info("record not written yet", agent=change.id, error=str(result))
+                continue
+            if self._reports.get(change.id) == report:
+                del self._reports[change.id]
+            self._announce(change)
+        if retry:
+            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    def _after(self, record: AgentRecord, report: AgentReport) -> AgentRecord | None:
+        """The record that says what was reported; None: the report is no longer of interest."""
+        if record.node != self._node or record.epoch != report.epoch:
+            return None
+        update: dict[str, object]
+        match report.status:
+            case AgentStatus.RUNNING:
+                if record.status is AgentStatus.RUNNING or record.desired != "run":
+                    return None
+                update = {"status": AgentStatus.RUNNING, "reason": None, "failures": 0}
+            case AgentStatus.FAILED:
+                update = {
+                    "status": AgentStatus.FAILED,
+                    "reason": report.reason,
+                    "failures": record.failures + 1,
+                }
+            case _ if report.reason == "fenced":
+                return None
+            case _ if record.desired == "stop":
+                update = {"status": AgentStatus.STOPPED, "node": None, "reason": report.reason}
+            case _ if self._draining is not None:
+                update = {
+                    "status": AgentStatus.PENDING,
+                    "node": None,
+                    "reason": self._draining,
+                    "recovered_from": RecoveredFrom(
+                        node=self._node, epoch=record.epoch, reason="moved"
+                    ),
+                }
+            case _:
+                update = {
+                    "status": AgentStatus.STOPPED,
+                    "node": None,
+                    "reason": report.reason,
+                    "recovered_from": RecoveredFrom(
+                        node=self._node, epoch=record.epoch, reason="restarted"
+                    ),
+                }
+        return record.model_copy(update={**update, "since": utc_text()})
+
+    def _announce(self, change: Change) -> None:
+        record = change.record
+        assert record is not None
+        what = {
+            AgentStatus.RUNNING: "started",
+            AgentStatus.FAILED: "failed",
+            AgentStatus.STOPPED: "stopped",
+        }.get(record.status)
+        if what is None:
+            return
+        recovered = record.recovered_from
+        text = f"Agent {record.id} {what} on {self._node}"
+        self._emit(
+            "agent",
+            what,
+            f"{text}: {record.reason}" if record.reason else f"{text}.",
+            agent=record.id,
+            node=self._node,
+            epoch=record.epoch,
+            deployment=record.deployment,
+            reason=record.reason,
+            recovered_from=None if recovered is None else recovered.model_dump(),
+        )
+
+    async def _match(self) -> None:
+        """Make the workers hold what the records say."""
+        touched, self._touched = self._touched, set()
+        starts: dict[str, list[AgentRecord]] = {}
+        stops: dict[str, dict[str, int]] = {}
+        refused: list[Change] = []
+        ready = self._workers.ready()
+        for agent in touched:
+            if agent in self._lost:
+                continue
+            held = self._registry.get(agent)
+            placed = self._placed.get(agent)
+            mine = (
+                held is not None
+                and held.record.node == self._node
+                and held.record.incarnation == self._incarnation
+            )
+            if placed is not None and (
+                held is None or not mine or held.record.epoch > placed.epoch
+            ):
+                if held is None or held.record.node != self._node:
+                    stops.setdefault(placed.worker, {})[agent] = placed.epoch
+                previous = placed.worker
+                self._unplace(agent)
+                placed = None
+            else:
+                previous = ""
+            if held is None or not mine:
+                continue
+            if held.record.desired == "stop":
+                if placed is not None:
+                    stops.setdefault(placed.worker, {})[agent] = placed.epoch
+                elif held.record.status is not AgentStatus.STOPPED:
+                    self._reports[agent] = AgentReport(
+                        id=agent,
+                        epoch=held.record.epoch,
+                        status=AgentStatus.STOPPED,
+                        reason="stopped",
+                    )
+                    self._wake.set()
+                continue
+            if held.record.status is not AgentStatus.STARTING or self._draining is not None:
+                continue
+            if placed is None:
+                shortage = self._shortage(held.record)
+                if shortage is not None:
+                    refused.append(self._refusal(held, shortage))
+                    continue
+                placed = self._place(held.record, previous)
+            if not placed.told and placed.worker in ready:
+                starts.setdefault(placed.worker, []).append(held.record)
+        await asyncio.gather(
+            *(self._tell_stop(worker, agents) for worker, agents in stops.items()),
+            *(self._tell_start(worker, records) for worker, records in starts.items()),
+        )
+        if refused:
+            await self._registry.write_many(refused)
+
+    def _shortage(self, record: AgentRecord) -> str | None:
+        for name, amount in needs(record).items():
+            declared = self._capacity.get(name)
+            if declared is None:
+                if name == _SLOTS:
+                    continue
+                return f"{self._node} declares no {name}"
+            if self._used.get(name, 0.0) + amount > declared + 1e-9:
+                return f"{self._node} has no {name} left ({declared:g} in all)"
+        return None
+
+    def _refusal(self, held: Held, why: str) -> Change:
+        return Change(
+            held.record.id,
+            held.record.model_copy(
+                update={
+                    "status": AgentStatus.PENDING,
+                    "node": None,
+                    "reason": why,
+                    "since": utc_text(),
+                }
+            ),
+            held.revision,
+        )
+
+    def _place(self, record: AgentRecord, previous: str) -> Placed:
+        counts = self._counts
+        worker = previous if previous in counts else min(counts, key=counts.__getitem__)
+        placed = Placed(worker, record.epoch, record)
+        self._placed[record.id] = placed
+        counts[worker] += 1
+        for name, amount in needs(record).items():
+            self._used[name] = self._used.get(name, 0.0) + amount
+        return placed
+
+    def _unplace(self, agent: str) -> None:
+        placed = self._placed.pop(agent, None)
+        if placed is None:
+            return
+        self._counts[placed.worker] -= 1
+        self._trimmer.forget(agent)
+        for name, amount in needs(placed.record).items():
+            self._used[name] = self._used.get(name, 0.0) - amount
+
+    async def _tell_start(self, worker: str, records: list[AgentRecord]) -> None:
+        subject = self._subjects.control_worker(worker, "start")
+        for start in range(0, len(records), _CHUNK):
+            chunk = records[start : start + _CHUNK]
+            request = StartRequest(incarnation=self._incarnation, agents=chunk)
+            try:
+                await rpc.tell(self._bus, subject, request, timeout=5.0)
+            except FoundationError as error:
+                self._log.info("worker not told to start yet", worker=worker, error=str(error))
+                self._touched.update(record.id for record in chunk)
+                asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+                continue
+            for record in chunk:
+                placed = self._placed.get(record.id)
+                if placed is not None and placed.epoch == record.epoch:
+                    placed.told = True
+
+    async def _tell_stop(self, worker: str, agents: dict[str, int]) -> None:
+        subject = self._subjects.control_worker(worker, "stop")
+        request = StopRequest(agents=agents, reason=self._draining or "stopped")
+        try:
+            await rpc.tell(self._bus, subject, request, timeout=5.0)
+        except FoundationError as error:
+            self._log.info("worker not told to stop yet", worker=worker, error=str(error))
+            self._touched.update(agents)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    # ---- end ----------------------------------------------------------------------
+
+    async def drain(self, reason: str, *, timeout: float) -> bool:
+        """Stop every agent in good order and give its record back; True if all have gone."""
+        self._draining = reason
+        by_worker: dict[str, dict[str, int]] = {}
+        for agent, placed in self._placed.items():
+            by_worker.setdefault(placed.worker, {})[agent] = placed.epoch
+        await asyncio.gather(*(self._tell_stop(w, agents) for w, agents in by_worker.items()))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while (self._placed or self._reports) and loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        return not self._placed

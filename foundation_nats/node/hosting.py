@@ -1,0 +1,62 @@
+"""`Workload` and `HostContext`: all that a node knows about agents.
+
+A worker process hosts one workload. The composition root (`api`) chooses it;
+the node floor imports nothing of the agent floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.validity import Validity
+from foundation_nats.config import Config
+from foundation_schemas import AgentRecord, AgentReport, ClassInfo
+
+
+@dataclass(frozen=True, slots=True)
+class HostContext:
+    """What a worker lends its workload."""
+
+    bus: Bus
+    subjects: Subjects
+    config: Config
+    node: str
+    incarnation: int
+    worker: str
+    validity: Validity
+    scope: TaskScope
+    report: Callable[[AgentReport], None]
+    """Tell the manager what became of an agent; repeated until it is acknowledged."""
+
+
+class Workload(Protocol):
+    """The agents of one worker process."""
+
+    async def start(self, records: Sequence[AgentRecord]) -> None:
+        """Activate these agents; what becomes of each is reported, not raised."""
+
+    async def stop(self, agents: dict[str, int], reason: str) -> None:
+        """Stop these agents (id to epoch) in good order; returns when they have ended."""
+
+    def resume(self) -> None:
+        """The right to answer, or the connection, is back."""
+
+    def running(self) -> dict[str, int]:
+        """Id to epoch of every activation in memory."""
+
+    def backlog(self) -> int:
+        """Signals received and not yet handled."""
+
+    def consumed(self) -> dict[str, int]:
+        """Cursors that moved since the last call, for trimming."""
+
+    def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
+        """What is behind ``module:Class`` in this process."""
+
+
+WorkloadFactory = Callable[[HostContext], Workload]

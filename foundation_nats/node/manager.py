@@ -1,0 +1,392 @@
+"""`NodeManager`: composes the services of one node; starts, drains and stops them; nothing else.
+
+It runs no agent code, so a busy agent can't stop its heartbeats. What it does
+when it ends: asked to stop (SIGTERM, Ctrl-C) it drains, that is, its agents
+finish the signal in hand, store, and are placed elsewhere at once; asked again
+it stops at once; killed, it takes its workers with it, and the others notice
+by missing responders. Declared down while it lives, it drops everything it
+held and joins again under a new incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from secrets import token_hex
+
+import psutil
+
+from foundation_nats.base.clock import utc_text
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus import assets, rpc
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.streams import StreamReader
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.membership import Membership
+from foundation_nats.cluster.registry import Registry
+from foundation_nats.cluster.validity import Validity
+from foundation_nats.config import Config
+from foundation_nats.control.controller import Controller
+from foundation_nats.errors import BusError, BusUnavailableError, ConfigError, FoundationError
+from foundation_nats.node.host import Host
+from foundation_nats.node.trimmer import Trimmer
+from foundation_nats.node.worker import WorkerOrders
+from foundation_nats.node.workers import Workers
+from foundation_nats.signaling.expander import Expander
+from foundation_schemas import (
+    Heartbeat,
+    InspectReply,
+    Load,
+    NodeRecord,
+    ValidateReply,
+    ValidateRequest,
+    WireModel,
+    is_name,
+)
+
+_DRAIN_TIMEOUT_S = 20.0
+_VALIDATE_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What one node is called, offers and runs with."""
+
+    name: str | None = None
+    """None: the host's name and four random digits."""
+    workers: int | None = None
+    """Worker processes; None: one per core."""
+    imports: tuple[str, ...] = ()
+    """Modules that every worker imports at its start."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    capabilities: tuple[str, ...] = ()
+    """What the node offers to agents that require it."""
+    capacity: Mapping[str, float] = field(default_factory=dict)
+    """Declared limits such as ``slots=500`` or ``gpu=1``; what is not declared is not limited."""
+    log_level: str = "info"
+    log_json: bool = False
+
+    def checked_name(self) -> str:
+        """The name.
+
+        Raises:
+            ConfigError: it is no valid name.
+        """
+        if self.name is None:
+            host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:40]
+            return f"{host or 'node'}-{token_hex(2)}"
+        if not is_name(self.name):
+            raise ConfigError(
+                f"{self.name!r} is not a valid node name: use letters, digits, '-' and '_'"
+            )
+        return self.name
+
+
+class NodeManager:
+    """One node of the cluster."""
+
+    def __init__(self, options: NodeOptions, config: Config, *, worker_module: str) -> None:
+        self._options = options
+        self._config = config
+        self.name = options.checked_name()
+        self._subjects = Subjects(config.cluster)
+        self._log = get_logger("node").bind(node=self.name)
+        count = options.workers if options.workers is not None else os.cpu_count() or 1
+        if count < 1:
+            raise ConfigError(f"a node needs at least one worker, not {count}")
+        self._worker_ids = [f"{self.name}-w{i}" for i in range(count)]
+        self.ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        """Resolves when the node can't go on: with the reason."""
+        self._workers = Workers(
+            config.worker,
+            count=count,
+            module=worker_module,
+            on_ready=self._worker_ready,
+            on_died=self._worker_died,
+            on_exhausted=self._end,
+        )
+        self._bus: Bus | None = None
+        self._scope: TaskScope | None = None
+        self._membership: Membership | None = None
+        self._controller: Controller | None = None
+        self._host: Host | None = None
+        self._validity: Validity | None = None
+        self._rejoining = False
+        self._draining = False
+
+    # ---- start ------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Join the cluster and begin to host; returns when the node is up.
+
+        Raises:
+            BusUnavailableError: no NATS server.
+            ServerError: the server can't carry a cluster.
+            NodeNameTakenError: a node of this name is alive.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain=False)
+            raise
+
+    async def _start(self) -> None:
+        config = self._config
+        self._bus = bus = await Bus.connect(config.bus, self.name)
+        self._scope = scope = TaskScope("node")
+        scope.failure.add_done_callback(
+            lambda failure: self._end(f"a service failed: {failure.result()!r}")
+        )
+        await assets.ensure(bus, config)
+        record = NodeRecord(
+            name=self.name,
+            incarnation=0,
+            workers=self._worker_ids,
+            capabilities=sorted(self._options.capabilities),
+            labels=dict(self._options.labels),
+            capacity=dict(self._options.capacity),
+            host=platform.node(),
+            pid=os.getpid(),
+            started_at=utc_text(),
+        )
+        self._membership = membership = Membership(
+            bus,
+            self._subjects,
+            config.liveness,
+            record=record,
+            load=self._load,
+            on_replaced=lambda: self._end("another node took this node's name"),
+        )
+        joined = await membership.join(scope)
+        registry = Registry(bus, self._subjects)
+        self._listen(joined.incarnation)
+        self._workers.open(bus, self._subjects, scope, self._orders(joined.incarnation))
+        await registry.open(scope)
+        signals = StreamReader(bus, self._subjects.signals_stream)
+        trimmer = Trimmer(signals, self._subjects, config.mailbox)
+        self._host = Host(
+            bus,
+            self._subjects,
+            registry,
+            self._workers,
+            trimmer,
+            node=self.name,
+            capacity=dict(self._options.capacity),
+            emit=membership.emit,
+        )
+        self._host.open(scope, joined.incarnation)
+        verbs = {
+            "inspect": self._inspect,
+            "validate": self._validate,
+            "heartbeat": self._heartbeat,
+        }
+        for verb, handler in verbs.items():
+            rpc.serve(bus, scope, self._subjects.control_node(self.name, verb), handler)
+        scope.start(trimmer.run(), "trimmer")
+        scope.start(Expander(bus, self._subjects, registry).run(), "expander")
+        self._controller = Controller(bus, self._subjects, config, membership, registry)
+        await self._controller.open(scope)
+        self._log.info("node is up", incarnation=joined.incarnation, workers=len(self._worker_ids))
+
+    def _orders(self, incarnation: int) -> list[WorkerOrders]:
+        return [
+            WorkerOrders(
+                node=self.name,
+                incarnation=incarnation,
+                worker=worker,
+                config=self._config,
+                imports=list(self._options.imports),
+                log_level=self._options.log_level,
+                log_json=self._options.log_json,
+            )
+            for worker in self._worker_ids
+        ]
+
+    def _listen(self, incarnation: int) -> None:
+        assert self._bus is not None
+        if self._validity is not None:
+            self._validity.close()
+        self._validity = Validity(
+            self._bus,
+            self._subjects,
+            node=self.name,
+            incarnation=incarnation,
+            fence_s=self._config.liveness.fence_s,
+            on_down=self._declared_down,
+        )
+
+    # ---- events -----------------------------------------------------------------
+
+    def _worker_ready(self, worker: str) -> None:
+        if self._host is not None:
+            self._host.worker_ready(worker)
+
+    def _worker_died(self, worker: str, cause: str) -> None:
+        if self._host is not None and not self._rejoining:
+            self._host.worker_died(worker, cause)
+
+    def _end(self, reason: str) -> None:
+        if not self.ended.done():
+            self._log.error("node ends", reason=reason)
+            self.ended.set_result(reason)
+
+    def _declared_down(self) -> None:
+        if not self._rejoining and self._scope is not None:
+            self._rejoining = True
+            self._scope.start(self._rejoin(), "rejoin")
+
+    async def _rejoin(self) -> None:
+        """The others gave this node up: drop everything, and come back as a new one."""
+        assert self._membership is not None and self._host is not None
+        self._log.warning("declared down while alive; joining again under a new incarnation")
+        try:
+            while True:
+                try:
+                    joined = await self._membership.rejoin()
+                    break
+                except BusError as error:
+                    self._log.info("cannot join again yet", error=str(error))
+                    await asyncio.sleep(0.5)
+            self._listen(joined.incarnation)
+            self._workers.replace_all(self._orders(joined.incarnation))
+            self._host.new_incarnation(joined.incarnation)
+        finally:
+            self._rejoining = False
+
+    def _load(self) -> Load:
+        own = self._host.load() if self._host is not None else Load()
+        return own.model_copy(
+            update={
+                "cpu": round(psutil.cpu_percent(None) / 100, 3),
+                "memory": round(psutil.virtual_memory().percent / 100, 3),
+            }
+        )
+
+    # ---- control ----------------------------------------------------------------
+
+    async def _inspect(self, _data: bytes) -> WireModel:
+        assert self._bus is not None and self._membership is not None and self._host is not None
+        agents: dict[str, int] = {}
+        details: dict[str, object] = {"pid": os.getpid(), "placed": self._host.agents()}
+        for worker in self._workers.ready():
+            subject = self._subjects.control_worker(worker, "inspect")
+            with contextlib.suppress(FoundationError):
+                found = await rpc.call(self._bus, subject, None, InspectReply, timeout=2.0)
+                agents.update(found.agents)
+                details[worker] = found.details
+        return InspectReply(
+            name=self.name,
+            incarnation=self._membership.incarnation,
+            agents=agents,
+            details=details,
+        )
+
+    async def _heartbeat(self, _data: bytes) -> WireModel:
+        assert self._membership is not None
+        return Heartbeat(
+            node=self.name,
+            incarnation=self._membership.incarnation,
+            beat=0,
+            sent_at=0.0,
+            draining=self._draining,
+            load=self._load(),
+        )
+
+    async def _validate(self, data: bytes) -> WireModel:
+        assert self._bus is not None
+        request = rpc.decode(ValidateRequest, data)
+        for _ in range(100):
+            if ready := self._workers.ready():
+                subject = self._subjects.control_worker(ready[0], "validate")
+                return await rpc.call(
+                    self._bus, subject, request, ValidateReply, timeout=_VALIDATE_TIMEOUT_S
+                )
+            await asyncio.sleep(0.05)
+        raise BusUnavailableError(f"No worker of {self.name} is ready.")
+
+    @property
+    def worker_pids(self) -> dict[str, int]:
+        """Worker id to process id."""
+        return self._workers.pids()
+
+    # ---- stop -------------------------------------------------------------------
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """Leave the cluster; with *drain* the agents go first. Idempotent."""
+        membership, self._membership = self._membership, None
+        if membership is not None and self._bus is not None and self._bus.is_connected:
+            with contextlib.suppress(FoundationError, TimeoutError):
+                async with asyncio.timeout(_DRAIN_TIMEOUT_S + 10):
+                    if drain and self._host is not None:
+                        self._draining = True
+                        membership.set_draining()
+                        failpoint("drain.mid")
+                        if not await self._host.drain(
+                            f"drained from {self.name}", timeout=_DRAIN_TIMEOUT_S
+                        ):
+                            self._log.warning("not every agent could be drained in time")
+                    if self._controller is not None:
+                        await self._controller.close()
+                    await membership.leave()
+        if self._validity is not None:
+            self._validity.close()
+        await self._workers.close()
+        if self._scope is not None:
+            await self._scope.close()
+        if self._bus is not None:
+            await self._bus.close()
+        self._log.info("node has stopped")
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, stop; returns the exit code.
+
+        SIGTERM or SIGINT drains and stops; a second one stops at once.
+
+        Raises:
+            FoundationError: the node could not start.
+        """
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+        again = asyncio.Event()
+
+        def on_signal() -> None:
+            (again if asked.is_set() else asked).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        starting = asyncio.create_task(self.start())
+        waiting = asyncio.create_task(asked.wait())
+        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return 0
+        try:
+            await starting
+        except BaseException:
+            waiting.cancel()
+            raise
+        await asyncio.wait({waiting, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+        failed = self.ended.done()
+        waiting.cancel()
+        stopping = asyncio.create_task(self.stop(drain=True))
+        hurry = asyncio.create_task(again.wait())
+        await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not stopping.done():
+            stopping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await stopping
+            await self.stop(drain=False)
+        else:
+            await stopping
+        return 1 if failed else 0

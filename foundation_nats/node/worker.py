@@ -1,0 +1,246 @@
+"""One worker process: hosts a workload, answers its manager, ends with it.
+
+The manager writes one line of JSON to the worker's standard input (who it is),
+and keeps the pipe open: its end is the manager's end, and the worker's. Beyond
+that they speak over NATS only. What became of agents is reported at once and
+again until the manager has acknowledged it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+
+from pydantic import BaseModel
+
+from foundation_nats.base.clock import monotonic
+from foundation_nats.base.logs import configure, get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus import rpc
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.validity import Validity
+from foundation_nats.config import Config
+from foundation_nats.errors import BusError, FoundationError
+from foundation_nats.node.hosting import HostContext, Workload, WorkloadFactory
+from foundation_schemas import (
+    AgentReport,
+    InspectReply,
+    Load,
+    Pong,
+    StartRequest,
+    StopRequest,
+    ValidateReply,
+    ValidateRequest,
+    WireModel,
+    WorkerReport,
+)
+
+REPORT_EVERY_S = 0.5
+_LAG_TICK_S = 0.1
+
+
+class WorkerOrders(BaseModel):
+    """The line of JSON on a worker's standard input."""
+
+    node: str
+    incarnation: int
+    worker: str
+    config: Config
+    imports: list[str] = []
+    log_level: str = "info"
+    log_json: bool = False
+
+
+class Worker:
+    """The services of one worker process."""
+
+    def __init__(self, orders: WorkerOrders, bus: Bus, factory: WorkloadFactory) -> None:
+        self._orders = orders
+        self._bus = bus
+        self._subjects = Subjects(orders.config.cluster)
+        self._scope = TaskScope("worker")
+        self._log = get_logger("worker").bind(worker=orders.worker)
+        self._changes: dict[str, AgentReport] = {}
+        self._number = 0
+        self._report_now = asyncio.Event()
+        self._lag_s = 0.0
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._validity = Validity(
+            bus,
+            self._subjects,
+            node=orders.node,
+            incarnation=orders.incarnation,
+            fence_s=orders.config.liveness.fence_s,
+            on_down=lambda: self._end("this node was declared down"),
+            on_restored=self._restored,
+        )
+        self._workload: Workload = factory(
+            HostContext(
+                bus=bus,
+                subjects=self._subjects,
+                config=orders.config,
+                node=orders.node,
+                incarnation=orders.incarnation,
+                worker=orders.worker,
+                validity=self._validity,
+                scope=self._scope,
+                report=self._report,
+            )
+        )
+
+    def open(self) -> None:
+        """Begin to serve."""
+        verbs = {
+            "start": self._start,
+            "stop": self._stop,
+            "inspect": self._inspect,
+            "validate": self._validate,
+            "ping": self._ping,
+        }
+        for verb, handler in verbs.items():
+            subject = self._subjects.control_worker(self._orders.worker, verb)
+            rpc.serve(self._bus, self._scope, subject, handler)
+        self._scope.start(self._report_loop(), "report")
+        self._scope.start(self._lag_loop(), "lag")
+        self._scope.failure.add_done_callback(
+            lambda failure: self._end(f"a service failed: {failure.result()!r}")
+        )
+
+    def _end(self, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    def _restored(self) -> None:
+        self._workload.resume()
+
+    # ---- control ----------------------------------------------------------------
+
+    async def _ping(self, _data: bytes) -> WireModel:
+        return Pong(name=self._orders.worker, incarnation=self._orders.incarnation)
+
+    async def _start(self, data: bytes) -> None:
+        request = rpc.decode(StartRequest, data)
+        if request.incarnation == self._orders.incarnation:
+            self._scope.start(self._workload.start(request.agents), "start")
+
+    async def _stop(self, data: bytes) -> None:
+        request = rpc.decode(StopRequest, data)
+        self._scope.start(self._workload.stop(request.agents, request.reason), "stop")
+
+    async def _inspect(self, _data: bytes) -> WireModel:
+        return InspectReply(
+            name=self._orders.worker,
+            incarnation=self._orders.incarnation,
+            agents=self._workload.running(),
+            details={
+                "pid": os.getpid(),
+                "backlog": self._workload.backlog(),
+                "valid_s": round(self._validity.remaining_s(), 3),
+                "lag_s": round(self._lag_s, 4),
+            },
+        )
+
+    async def _validate(self, data: bytes) -> WireModel:
+        request = rpc.decode(ValidateRequest, data)
+        return ValidateReply(classes=self._workload.describe(request.runs))
+
+    # ---- reports ----------------------------------------------------------------
+
+    def _report(self, report: AgentReport) -> None:
+        known = self._changes.get(report.id)
+        if known is None or known.epoch <= report.epoch:
+            self._changes[report.id] = report
+            self._report_now.set()
+
+    async def _report_loop(self) -> None:
+        subject = self._subjects.control_node(self._orders.node, "report")
+        while True:
+            try:
+                await asyncio.wait_for(self._report_now.wait(), REPORT_EVERY_S)
+                await asyncio.sleep(0.001)  # gather what changes together
+            except TimeoutError:
+                pass
+            self._report_now.clear()
+            changes = list(self._changes.values())[:2000]
+            self._number += 1
+            report = WorkerReport(
+                worker=self._orders.worker,
+                incarnation=self._orders.incarnation,
+                number=self._number,
+                changes=changes,
+                consumed=self._workload.consumed(),
+                load=Load(
+                    agents=len(self._workload.running()),
+                    backlog=self._workload.backlog(),
+                    lag_ms=round(self._lag_s * 1000, 1),
+                ),
+            )
+            try:
+                await rpc.tell(self._bus, subject, report, timeout=2.0)
+            except FoundationError as error:
+                self._log.debug("report will be repeated", error=str(error))
+                await asyncio.sleep(0.1)
+                if changes:
+                    self._report_now.set()
+                continue
+            for change in changes:
+                if self._changes.get(change.id) == change:
+                    del self._changes[change.id]
+            if self._changes:
+                self._report_now.set()
+
+    async def _lag_loop(self) -> None:
+        while True:
+            due = monotonic() + _LAG_TICK_S
+            await asyncio.sleep(_LAG_TICK_S)
+            late = max(0.0, monotonic() - due)
+            # Rises at once, falls slowly: a heartbeat sees the worst of the last second.
+            self._lag_s = max(late, self._lag_s * 0.8)
+
+    async def close(self) -> None:
+        """End every task."""
+        self._validity.close()
+        await self._scope.close()
+
+
+def _end_with_manager() -> None:
+    """Leave when the pipe from the manager ends, whatever the event loop is doing."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(1024):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="manager-pipe", daemon=True).start()
+
+
+async def serve(factory: WorkloadFactory) -> int:
+    """Be a worker, as told on standard input, until the manager ends or this node is down."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    orders = WorkerOrders.model_validate_json(line)
+    _end_with_manager()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure(level=orders.log_level, json=orders.log_json)
+    log = get_logger("worker").bind(worker=orders.worker)
+    for module in orders.imports:
+        __import__(module)
+    bus = await Bus.connect(orders.config.bus, orders.worker)
+    worker = Worker(orders, bus, factory)
+    worker.open()
+    try:
+        reason = await worker.ended
+        log.warning("worker ends", reason=reason)
+        return 1
+    finally:
+        await worker.close()
+        try:
+            await bus.close()
+        except BusError as error:
+            log.debug("bus did not close in order", error=str(error))

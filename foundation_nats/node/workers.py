@@ -1,0 +1,255 @@
+"""The worker processes of one node: spawn, watch, restart with bounded intensity, end with the manager.
+
+A worker process is spawned before it is told who it is, so that its imports
+overlap with the manager's own start. It dies with its manager by the end of
+its standard input and, on Linux, by PR_SET_PDEATHSIG.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from foundation_nats.base.clock import monotonic
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus import rpc
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.config import WorkerConfig
+from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
+from foundation_nats.node.worker import WorkerOrders
+from foundation_schemas import Pong
+
+_PR_SET_PDEATHSIG = 1
+_PING_EVERY_S = 1.0
+_READY_TIMEOUT_S = 30.0
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """What a child does between fork and exec: ask the kernel to end it with *parent*."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return prepare
+
+
+def spawn(module: str, extra_path: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start ``python -m module`` as a child that ends with this process and reads its orders from a pipe."""
+    path = [*extra_path, os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        # Started from the main thread, which lives as long as the manager: the
+        # kernel ties the death signal to the thread that forked.
+        preexec_fn=_die_with_parent(os.getpid()),
+    )
+
+
+@dataclass(slots=True)
+class WorkerProcess:
+    """One slot of the node, and the process that fills it now."""
+
+    id: str
+    process: subprocess.Popen[bytes]
+    ready: bool = False
+    started_at: float = 0.0
+    answered_at: float = 0.0
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self.process.pid
+
+
+class Workers:
+    """The worker processes of one node.
+
+    *on_ready* and *on_died* are called with a worker's id; *on_exhausted* when
+    workers die more often than `restarts_max` in `restart_window_s`.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        count: int,
+        module: str,
+        on_ready: Callable[[str], None],
+        on_died: Callable[[str, str], None],
+        on_exhausted: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._module = module
+        self._on_ready = on_ready
+        self._on_died = on_died
+        self._on_exhausted = on_exhausted
+        self._spare = [spawn(module) for _ in range(count)]
+        self._workers: dict[str, WorkerProcess] = {}
+        self._deaths: list[float] = []
+        self._closing = False
+        self._log = get_logger("workers")
+
+    def open(
+        self, bus: Bus, subjects: Subjects, scope: TaskScope, orders: Sequence[WorkerOrders]
+    ) -> None:
+        """Tell the spawned processes who they are, and watch over them."""
+        self._bus = bus
+        self._subjects = subjects
+        self._scope = scope
+        self._orders = {item.worker: item for item in orders}
+        for item in orders:
+            self._begin(item.worker, self._spare.pop())
+
+    def _begin(self, worker: str, process: subprocess.Popen[bytes]) -> None:
+        entry = WorkerProcess(worker, process, started_at=monotonic())
+        self._workers[worker] = entry
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(self._orders[worker].model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        self._scope.start(self._watch(entry), f"watch-{worker}")
+
+    @property
+    def ids(self) -> list[str]:
+        """The workers' ids."""
+        return list(self._orders)
+
+    def ready(self) -> list[str]:
+        """The workers that answer."""
+        return [entry.id for entry in self._workers.values() if entry.ready]
+
+    def pids(self) -> dict[str, int]:
+        """Worker id to process id."""
+        return {entry.id: entry.pid for entry in self._workers.values()}
+
+    async def _watch(self, entry: WorkerProcess) -> None:
+        """From spawn to death: wait until it answers, then ping it, then restart it."""
+        exited = asyncio.create_task(_wait_exit(entry.process))
+        try:
+            await self._wait_ready(entry, exited)
+            while not exited.done():
+                await asyncio.wait([exited], timeout=_PING_EVERY_S)
+                if not exited.done():
+                    await self._check_hang(entry)
+            await self._restart(entry, exited.result())
+        finally:
+            exited.cancel()
+
+    async def _wait_ready(self, entry: WorkerProcess, exited: asyncio.Task[int]) -> None:
+        while not exited.done():
+            if await self._ping(entry, timeout=0.5):
+                entry.ready = True
+                self._on_ready(entry.id)
+                return
+            await asyncio.sleep(0.01)
+            if monotonic() - entry.started_at > _READY_TIMEOUT_S:
+                self._log.error("worker did not get ready; killed", worker=entry.id)
+                entry.process.kill()
+                await exited
+
+    async def _ping(self, entry: WorkerProcess, *, timeout: float) -> bool:
+        subject = self._subjects.control_worker(entry.id, "ping")
+        try:
+            await rpc.call(self._bus, subject, None, Pong, timeout=timeout)
+        except FoundationError:
+            return False
+        entry.answered_at = monotonic()
+        return True
+
+    async def _check_hang(self, entry: WorkerProcess) -> None:
+        subject = self._subjects.control_worker(entry.id, "ping")
+        since = monotonic()
+        while not self._closing:
+            try:
+                await rpc.call(self._bus, subject, None, Pong, timeout=self._config.hang_after_s)
+                entry.answered_at = monotonic()
+                return
+            except BusTimeoutError:
+                # A dropped connection is not a hanging worker: only a full wait counts.
+                if (
+                    self._bus.is_connected
+                    and monotonic() - since >= self._config.hang_after_s * 0.9
+                ):
+                    self._log.error("worker hangs; killed", worker=entry.id)
+                    entry.process.kill()
+                    return
+                await asyncio.sleep(0.2)
+            except BusError:
+                return
+
+    async def _restart(self, entry: WorkerProcess, code: int) -> None:
+        if self._closing:
+            return
+        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._log.warning("worker died", worker=entry.id, cause=cause)
+        entry.ready = False
+        self._on_died(entry.id, cause)
+        now = monotonic()
+        self._deaths = [t for t in self._deaths if now - t < self._config.restart_window_s]
+        self._deaths.append(now)
+        if len(self._deaths) > self._config.restarts_max:
+            self._on_exhausted(
+                f"workers died {len(self._deaths)} times in {self._config.restart_window_s:g} s"
+            )
+            return
+        if now - entry.started_at < 1.0:
+            await asyncio.sleep(min(5.0, 0.1 * 2 ** len(self._deaths)))
+        self._begin(entry.id, spawn(self._module))
+
+    def replace_all(self, orders: Sequence[WorkerOrders]) -> None:
+        """End every worker and start each anew under new orders: the node has a new incarnation."""
+        self._orders = {item.worker: item for item in orders}
+        for entry in list(self._workers.values()):
+            entry.ready = False
+            entry.process.kill()
+
+    async def close(self) -> None:
+        """End every worker process and reap it."""
+        self._closing = True
+        processes = [entry.process for entry in self._workers.values()] + self._spare
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+        for process in processes:
+            await _wait_exit(process)
+
+
+async def _wait_exit(process: subprocess.Popen[bytes]) -> int:
+    """The exit code, once there is one; a pidfd wakes us where the platform has it."""
+    loop = asyncio.get_running_loop()
+    if not hasattr(os, "pidfd_open"):  # pragma: no cover - platforms other than Linux
+        while process.poll() is None:
+            await asyncio.sleep(0.02)
+        return process.returncode
+    if process.poll() is None:
+        try:
+            fd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            return process.wait()
+        done: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(fd, lambda: None if done.done() else done.set_result(None))
+        try:
+            await done
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+    return process.wait()

@@ -1,0 +1,1 @@
+"""Where an agent may run and where it should."""

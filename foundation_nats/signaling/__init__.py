@@ -1,0 +1,1 @@
+"""Messages to agents: making, storing, expanding and giving up on them."""

@@ -1,0 +1,204 @@
+"""Signals for many become signals for each: one shared, durable pull consumer, served by every node.
+
+The sender pays one publish. A route message is acknowledged only after every
+receiver's mailbox has stored its copy; copies carry ids derived from the route
+message, so that an expansion that was cut short is repeated without harm.
+Receivers are those that the registry wants to run at the time of expansion,
+running or not: mail waits. ``any:`` picks one receiver and writes the choice
+down before it sends, so that a repeat picks the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import blake2b
+
+import orjson
+
+from foundation_nats.base.clock import utc_text
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.logs import get_logger
+from foundation_nats.bus.assets import EXPANDER
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.kv import Bucket
+from foundation_nats.bus.streams import PubAck, append, append_nowait
+from foundation_nats.bus.subjects import Subjects, js_api
+from foundation_nats.bus.wire import Message
+from foundation_nats.cluster.registry import Held, Registry
+from foundation_nats.errors import (
+    AlreadyExistsError,
+    BusError,
+    BusTimeoutError,
+    BusUnavailableError,
+    FoundationError,
+    MailboxFullError,
+)
+from foundation_schemas import AgentStatus, DeadLetter
+
+_PULL_S = 20.0
+_BATCH = 32
+_FRESH_S = 3.0
+_PICK_TTL_S = 3600.0
+
+_RANK = {AgentStatus.RUNNING: 0, AgentStatus.STARTING: 1, AgentStatus.MOVING: 1}
+
+
+def receivers(registry: Registry, kind: str, name: str) -> list[Held]:
+    """The records that a route stands for now, by id."""
+    if kind == "everyone":
+        found = sorted(registry.all().values(), key=lambda held: held.record.id)
+    elif kind == "deployment":
+        found = registry.of_deployment(name)
+    else:
+        found = registry.providing(name)
+    return [held for held in found if held.record.desired == "run"]
+
+
+def pick(candidates: list[Held], key: str) -> str:
+    """One of *candidates* for *key*: a running one if there is, by highest random weight."""
+
+    def weight(held: Held) -> tuple[int, bytes]:
+        rank = -_RANK.get(held.record.status, 2)
+        return rank, blake2b(f"{key}\n{held.record.id}".encode(), digest_size=8).digest()
+
+    return max(candidates, key=weight).record.id
+
+
+class Expander:
+    """Serves the ROUTES stream until its task is cancelled."""
+
+    def __init__(self, bus: Bus, subjects: Subjects, registry: Registry) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._registry = registry
+        self._picks = Bucket(bus, subjects, "coordination")
+        self._log = get_logger("expander")
+        self._wake = asyncio.Event()
+        bus.on_reconnect(self._wake.set)
+
+    async def run(self) -> None:
+        """Pull, expand, acknowledge, for ever."""
+        while True:
+            try:
+                await self._pull()
+            except BusError as error:
+                self._log.debug("routes not readable yet", error=str(error))
+                await asyncio.sleep(0.5)
+
+    async def _pull(self) -> None:
+        """One pull request: up to a batch of messages, or nothing within the time."""
+        subject = js_api("CONSUMER.MSG.NEXT", f"{self._subjects.routes_stream}.{EXPANDER}")
+        inbox: asyncio.Queue[Message | BusError] = asyncio.Queue(maxsize=_BATCH + 8)
+
+        def on_reply(reply: Message | BusError) -> None:
+            if not inbox.full():
+                inbox.put_nowait(reply)
+
+        body = {"batch": _BATCH, "expires": int(_PULL_S * 1e9)}
+        token = self._bus.request_nowait(
+            subject, orjson.dumps(body), on_reply, timeout=_PULL_S + 2, many=True
+        )
+        try:
+            for _ in range(_BATCH):
+                reply = await inbox.get()
+                if isinstance(reply, BusTimeoutError):
+                    return
+                if isinstance(reply, BusError):
+                    raise reply
+                if reply.status:
+                    if reply.status not in (404, 408):
+                        await asyncio.sleep(0.2)
+                    return
+                await self._expand(reply)
+        finally:
+            self._bus.forget(token)
+
+    async def _expand(self, message: Message) -> None:
+        # The reply subject is where the acknowledgement goes.
+        failpoint("expand.before")
+        while self._registry.age_s > _FRESH_S:
+            await asyncio.sleep(0.1)
+        # fnd.C.route.<kind>[.<name>]
+        tokens = message.subject.split(".")
+        kind, name = tokens[3], tokens[4] if len(tokens) > 4 else ""
+        key = (message.header(b"Nats-Msg-Id") or message.reply.encode()).decode()
+        found = receivers(self._registry, kind, name)
+        try:
+            if not found:
+                await self._nobody(message, f"{kind}:{name}" if name else kind, key)
+            else:
+                ids = [held.record.id for held in found]
+                if kind == "any":
+                    ids = [await self._pick(found, key)]
+                await self._copy(message.data, ids, key)
+            failpoint("expand.before_ack")
+            self._bus.publish(message.reply, b"+ACK")
+        except (MailboxFullError, BusTimeoutError, BusUnavailableError) as error:
+            # Not acknowledged: it comes again, and what was copied is not copied twice.
+            self._log.info("expansion put off", subject=message.subject, error=str(error))
+            if self._bus.is_connected:
+                self._bus.publish(message.reply, b'-NAK {"delay": 1000000000}')
+
+    async def _pick(self, candidates: list[Held], key: str) -> str:
+        choice = pick(candidates, key)
+        name = f"any_{key}"
+        try:
+            await self._picks.create(name, choice.encode(), ttl_s=_PICK_TTL_S)
+        except AlreadyExistsError:
+            entry = await self._picks.read(name)
+            if entry is not None and entry.value is not None:
+                choice = entry.value.decode()
+        return choice
+
+    async def _copy(self, data: bytes, agents: list[str], key: str) -> None:
+        """Store a copy in every mailbox.
+
+        Raises:
+            MailboxFullError, BusTimeoutError, BusUnavailableError: some are not stored.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        left = len(agents)
+        failure: FoundationError | None = None
+
+        def on_ack(ack: PubAck | FoundationError) -> None:
+            nonlocal left, failure
+            left -= 1
+            if isinstance(ack, FoundationError):
+                failure = ack
+            if left == 0 and not done.done():
+                done.set_result(None)
+
+        for index, agent in enumerate(agents):
+            await self._bus.wait_room()
+            if index == len(agents) // 2:
+                failpoint("expand.mid")
+            msg_id = blake2b(f"{key}\n{agent}".encode(), digest_size=16).hexdigest()
+            try:
+                append_nowait(
+                    self._bus,
+                    self._subjects.mailbox(agent),
+                    data,
+                    on_ack,
+                    headers={"Nats-Msg-Id": msg_id},
+                )
+            except BusUnavailableError as error:
+                on_ack(error)
+        await done
+        if failure is not None:
+            raise failure
+
+    async def _nobody(self, message: Message, target: str, key: str) -> None:
+        letter = DeadLetter(
+            agent="route",
+            signal=orjson.loads(message.data),
+            code="no_recipient",
+            reason=f"Nobody was there to receive it: {target} stands for no agent.",
+            at=utc_text(),
+        )
+        await append(
+            self._bus,
+            self._subjects.dead("route"),
+            letter.model_dump_json(exclude_none=True).encode(),
+            headers={"Nats-Msg-Id": f"{key}.nobody"},
+        )

@@ -1,0 +1,113 @@
+"""Request and reply bodies of the node and worker control API, and `ErrorBody`.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from foundation_schemas.agent import AgentRecord, AgentStatus
+from foundation_schemas.base import WireModel
+from foundation_schemas.node import Load
+
+
+class ErrorBody(WireModel):
+    """An error that crossed the bus."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Pong(WireModel):
+    """The answer to a ping: who lives here."""
+
+    name: str
+    incarnation: int
+
+
+class ProbeRequest(WireModel):
+    """Can you reach this node? A second opinion before it is called down by silence."""
+
+    node: str
+    incarnation: int
+
+
+class ProbeReply(WireModel):
+    """What the asked node found."""
+
+    reachable: bool
+
+
+class ValidateRequest(WireModel):
+    """Can these classes be imported where you are?"""
+
+    runs: list[str]
+
+
+class ClassInfo(WireModel):
+    """What a node found behind ``module:Class``."""
+
+    run: str
+    ok: bool
+    error: str | None = None
+    capabilities: list[str] = Field(default_factory=list)
+    durable: bool = True
+    critical: bool = False
+    doc: str | None = None
+    handles: list[str] = Field(default_factory=list)
+    """Signal types it handles."""
+
+
+class ValidateReply(WireModel):
+    """One `ClassInfo` for each class asked about."""
+
+    classes: list[ClassInfo]
+
+
+class StartRequest(WireModel):
+    """Manager to worker: activate these agents under the epochs their records name."""
+
+    incarnation: int
+    agents: list[AgentRecord]
+
+
+class StopRequest(WireModel):
+    """Manager to worker: stop these agents (id to epoch)."""
+
+    agents: dict[str, int]
+    reason: str = "stopped"
+
+
+class AgentReport(WireModel):
+    """Worker to manager: what became of one agent."""
+
+    id: str
+    epoch: int
+    status: AgentStatus
+    reason: str | None = None
+
+
+class WorkerReport(WireModel):
+    """Worker to manager, twice a second and after every change; repeated until acknowledged."""
+
+    worker: str
+    incarnation: int
+    number: int
+    changes: list[AgentReport] = Field(default_factory=list)
+    consumed: dict[str, int] = Field(default_factory=dict)
+    """Agent to cursor, for trimming; only those that moved."""
+    load: Load = Load()
+
+
+class InspectReply(WireModel):
+    """What a node or worker really has in memory, for checkers and `doctor`."""
+
+    name: str
+    incarnation: int
+    agents: dict[str, int] = Field(default_factory=dict)
+    """Agent id to epoch."""
+    details: dict[str, Any] = Field(default_factory=dict)
