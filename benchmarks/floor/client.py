@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import nats
 import orjson
@@ -33,18 +34,18 @@ async def _give_up(error: Exception) -> None:
     os._exit(1)
 
 
-async def _report(error: Exception) -> None:
-    raise error
-
-
 @asynccontextmanager
 async def connected(url: str, *, strict: bool = True) -> AsyncIterator[Client]:
-    """A connection; with `strict` any asynchronous error ends the process at once."""
+    """A connection; with `strict` any asynchronous error ends the process at once.
+
+    `strict` is for child processes. Whoever lives in somebody else's process sees
+    such an error as an answer that does not come, and in nats-py's log.
+    """
     connection = await nats.connect(
         url,
         allow_reconnect=False,
         skip_subject_validation=True,  # every subject is made by us
-        error_cb=_give_up if strict else _report,
+        error_cb=_give_up if strict else None,
     )
     try:
         yield connection
@@ -149,7 +150,9 @@ def stored_at(message: Msg) -> int:
     Raises:
         FloorError: the server refused to store the message.
     """
-    answer = orjson.loads(message.data) if message.data else {"error": message.headers}
+    answer: dict[str, Any] = (
+        orjson.loads(message.data) if message.data else {"error": message.headers}
+    )
     if "error" in answer:
         raise FloorError(f"the server refused a write: {answer['error']}")
     return int(answer["seq"])

@@ -96,7 +96,7 @@ async def run(url: str) -> dict[str, float]:
         FloorError: an agent did not answer.
     """
     module = "benchmarks.floor.create"
-    async with connected(url) as connection:
+    async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_bucket(js, BUCKET)
         async with Child(module, "work", url) as worker:

@@ -134,7 +134,7 @@ async def run(url: str) -> dict[str, float]:
         FloorError: an agent did not come back, or came back with other state.
     """
     module = "benchmarks.floor.failover"
-    async with connected(url) as connection:
+    async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_bucket(js, BUCKET)
         mux = Mux(connection)

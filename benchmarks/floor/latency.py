@@ -147,7 +147,7 @@ ROLES = {"call": call, "work": work}
 async def run(url: str) -> dict[str, float]:
     """Measure once on the server at `url`."""
     module = "benchmarks.floor.latency"
-    async with connected(url) as connection:
+    async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_stream(
             js,

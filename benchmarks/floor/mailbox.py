@@ -268,7 +268,7 @@ async def run(url: str, *, drop_every: int = 0) -> dict[str, float]:
         FloorError: an effect was lost or counted twice.
     """
     module = "benchmarks.floor.mailbox"
-    async with connected(url) as connection:
+    async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_bucket(js, BUCKET)
         await fresh_stream(

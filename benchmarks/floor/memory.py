@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from nats.aio.msg import Msg
 
 from benchmarks.floor.child import Child, Parent

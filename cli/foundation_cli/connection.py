@@ -11,7 +11,6 @@ Nothing here imports the library before a command really connects, so that
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from foundation_nats.config import Config
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., None])
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_CLUSTER = "default"
@@ -110,9 +108,7 @@ _OPTIONS: dict[str, Any] = {
     ],
     "creds": Annotated[
         str | None,
-        typer.Option(
-            "--creds", metavar="FILE", help="Credentials file [env: FOUNDATION_CREDS]."
-        ),
+        typer.Option("--creds", metavar="FILE", help="Credentials file [env: FOUNDATION_CREDS]."),
     ],
     "context": Annotated[
         str | None,
@@ -136,23 +132,18 @@ _OPTIONS: dict[str, Any] = {
 
 def _option_parameters() -> list[inspect.Parameter]:
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in _OPTIONS.items()
     ]
 
 
-def with_shared(function: F) -> F:
+def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the shared options; it receives them as its first argument, a `Shared`."""
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
-    context = inspect.Parameter(
-        "ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
-    )
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
-    @functools.wraps(function)
     def command(ctx: typer.Context, **arguments: Any) -> None:
         for name in _OPTIONS:
             arguments.pop(name)
@@ -162,8 +153,9 @@ def with_shared(function: F) -> F:
         parameters=[*own, context, *_option_parameters()]
     )
     command.__annotations__ = {}
-    del command.__wrapped__  # type: ignore[attr-defined]
-    return command  # type: ignore[return-value]
+    command.__name__ = function.__name__
+    command.__doc__ = function.__doc__
+    return command
 
 
 def group_callback(doc: str, extra: Callable[[bool], None] | None = None) -> Callable[..., None]:
@@ -180,8 +172,8 @@ def group_callback(doc: str, extra: Callable[[bool], None] | None = None) -> Cal
             inspect.Parameter(
                 "version",
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False,
-                annotation=Annotated[bool, option],
+                default=None,
+                annotation=Annotated[bool | None, option],
             )
         )
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -290,7 +282,9 @@ def _from_context(name: str, env: Mapping[str, str]) -> Endpoint:
     folder = _context_folder(env) / "context"
     path = folder / f"{name}.json"
     if "/" in name or name in ("", ".", ".."):
-        raise _config_error(f"{name!r} is not the name of a NATS context.", "See `nats context ls`.")
+        raise _config_error(
+            f"{name!r} is not the name of a NATS context.", "See `nats context ls`."
+        )
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:

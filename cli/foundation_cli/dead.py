@@ -14,7 +14,7 @@ from foundation_cli import complete, render
 from foundation_cli.connection import Shared, connected, group_callback, run, with_shared
 from foundation_cli.render import Column
 
-_HELP = "Signals that were given up: look at them, send them again, or discard them."
+_HELP = "Signals that were given up: list, show, replay, discard."
 
 _COLUMNS = (
     Column("number", lambda d: d["number"], right=True),

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 WAIT_DEFAULT = "30s"
 _REASONS_SHOWN = 5
+_PLACEMENTS_SHOWN = 40
+_MARKS = {
+    "added": ("+", "green"),
+    "removed": ("-", "red"),
+    "changed": ("~", "yellow"),
+    "same": ("=", "dim"),
+}
 
 _Manifest = Annotated[
     Path,
@@ -62,7 +69,9 @@ def progress_lines(statuses: Sequence[Any]) -> list[str]:
     return lines
 
 
-async def wait_settled(cluster: Cluster, shared: Shared, names: list[str], timeout_s: float) -> list[Any]:
+async def wait_settled(
+    cluster: Cluster, shared: Shared, names: list[str], timeout_s: float
+) -> list[Any]:
     """Wait until *names* are as wished, showing progress.
 
     Raises:
@@ -98,13 +107,40 @@ async def apply_and_wait(
 
 def change_json(change: Any) -> dict[str, Any]:
     """A `DeploymentChange` as JSON."""
-    found: dict[str, Any] = render.plain(change)
-    return found
+    before, after = change.before, change.after
+    return {
+        "name": change.name,
+        "kind": change.kind.name.lower(),
+        "agents_before": 0 if before is None else before.size(),
+        "agents_after": 0 if after is None else after.size(),
+        "restarts": change.restarts,
+        "fields": [render.plain(item) for item in change.fields],
+    }
 
 
 def change_text(change: dict[str, Any]) -> str:
     """A change in a line."""
-    return str(change)
+    mark, style = _MARKS[change["kind"]]
+    before, after = change["agents_before"], change["agents_after"]
+    match change["kind"]:
+        case "added":
+            text = f"{_agents(after)}, new"
+        case "removed":
+            text = f"{_agents(before)}, removed"
+        case "same":
+            text = f"{_agents(after)}, no change"
+        case _:
+            fields = [
+                f"{item['name']}: {render.json_text(item['before'])} → "
+                f"{render.json_text(item['after'])}"
+                for item in change["fields"]
+            ]
+            text = ", ".join(fields) + (" (restarts its agents)" if change["restarts"] else "")
+    return f"{render.styled(mark, style)} {render.clean(change['name'])}: {render.clean(text)}"
+
+
+def _agents(count: int) -> str:
+    return "1 agent" if count == 1 else f"{count} agents"
 
 
 @with_shared
@@ -143,7 +179,7 @@ def plan(
         bool, typer.Option("--exit-code", help="End with 6 if anything would change.")
     ] = False,
 ) -> None:
-    """Show what a deploy would change, and where each new agent would start.
+    """Show what a deploy would change, and what would start where.
 
     Example: foundation plan agents.yaml --exit-code
     """
@@ -164,11 +200,36 @@ def _plan(shared: Shared, manifest: Path, *, exit_code: bool) -> None:
 
 def plan_json(preview: Any) -> dict[str, Any]:
     """A `Preview` as JSON."""
-    return {"schema": f"{render.SCHEMA}/plan", **render.plain(preview)}
+    changes = [change_json(change) for change in preview.changes]
+    return {
+        "schema": f"{render.SCHEMA}/plan",
+        "differences": any(change["kind"] != "same" for change in changes),
+        "changes": changes,
+        "placements": render.plain(preview.placements),
+        "unplaceable": render.plain(preview.unplaceable),
+    }
 
 
 def show_plan(found: dict[str, Any]) -> None:
     """Print a plan for people."""
+    for change in found["changes"]:
+        render.write(change_text(change))
+    if not found["differences"]:
+        render.write("Nothing would change.")
+    placements = list(found["placements"].items())
+    if placements:
+        render.write("")
+        render.table(
+            (Column("agent", lambda p: p[0]), Column("would start on", lambda p: p[1])),
+            placements[:_PLACEMENTS_SHOWN],
+        )
+        if len(placements) > _PLACEMENTS_SHOWN:
+            render.write(f"… and {len(placements) - _PLACEMENTS_SHOWN} more")
+    for agent, reasons in list(found["unplaceable"].items())[:_PLACEMENTS_SHOWN]:
+        why = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "no node is up"
+        render.write(
+            f"{render.styled('!', 'yellow')} {render.clean(agent)} would wait: {render.clean(why)}"
+        )
 
 
 @with_shared
@@ -178,7 +239,7 @@ def scale(
     replicas: Annotated[int, typer.Argument(metavar="N", min=0, help="How many agents.")],
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
 ) -> None:
-    """Change how many agents a deployment has, and wait until that is so.
+    """Change how many agents a deployment has.
 
     Example: foundation scale counters 5
     """
@@ -199,7 +260,7 @@ def delete(
     name: _Name,
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
 ) -> None:
-    """Stop a deployment's agents for good; what they have stored is kept.
+    """Stop a deployment's agents; their state is kept.
 
     Example: foundation delete counters
     """

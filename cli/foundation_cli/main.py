@@ -94,8 +94,10 @@ def _usage(error: Exception, as_json: bool) -> int:
         # Asking for nothing shows the help, which is a usage error all the same.
         render.talk(context.get_help() if context is not None else "See `foundation --help`.")
         return render.USAGE
+    text = getattr(error, "format_message", lambda: str(error))().replace("\n\t", " ")
+    text = text.removeprefix("Invalid value: ").rstrip()
     render.print_error(
-        getattr(error, "format_message", lambda: str(error))().replace("\n\t", " "),
+        text if text.endswith((".", "?")) else f"{text}.",
         code="usage",
         hint=f"See `{command} --help`.",
         as_json=as_json,

@@ -34,7 +34,9 @@ INTERRUPTED = 130
 SCHEMA = "foundation/v1"
 
 # C0, DEL, C1, line and paragraph separators, and what reorders text.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 _ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ANSI = re.compile("\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[@-Z\\\\-_])")
 _REASONS_MAX = 20
@@ -104,13 +106,12 @@ def plain(value: Any) -> Any:
 
 def document(shared: Shared, value: Any) -> bool:
     """Print *value* as JSON or YAML if that is wanted; False: print for people instead."""
-    match shared.format:
-        case Output.JSON:
-            print_json(value)
-        case Output.YAML:
-            print_yaml(value)
-        case Output.TABLE:
-            return False
+    if shared.format is Output.TABLE:
+        return False
+    if shared.format is Output.JSON:
+        print_json(value)
+    else:
+        print_yaml(value)
     return True
 
 
@@ -140,7 +141,7 @@ def print_yaml(value: Any) -> None:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(plain(value), sys.stdout)
     sys.stdout.flush()
 
@@ -182,9 +183,7 @@ def table(columns: Sequence[Column], rows: Sequence[Any], *, empty: str = "") ->
 
 def _plain_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
     titles = [column.title.upper() for column in columns]
-    widths = [
-        max(len(line[index]) for line in [titles, *cells]) for index in range(len(columns))
-    ]
+    widths = [max(len(line[index]) for line in [titles, *cells]) for index in range(len(columns))]
     for line in [titles, *cells]:
         parts = [
             text.rjust(width) if column.right else text.ljust(width)

@@ -67,7 +67,9 @@ def send(
         bool, typer.Option("--queue", help="Store it even if no such agent exists yet.")
     ] = False,
 ) -> None:
-    """Store a signal for an agent; it takes effect once, or is found among the dead letters.
+    """Store a signal for an agent: it takes effect once.
+
+    What can't take effect is found by `foundation dead list`.
 
     Example: foundation send visits counter.add '{"amount": 3}'
     """
@@ -105,19 +107,23 @@ async def _known(cluster: Any, agent: str) -> None:
 
 @with_shared
 def ask(shared: Shared, target: _Target, type: _Type, data: _Json = None) -> None:
-    """Send a question to an agent and print the reply; --timeout bounds the wait.
+    """Ask an agent and print its reply; --timeout bounds the wait.
 
     Example: foundation ask visits counter.add '{"amount": 1}' --timeout 2s
     """
     _checked(target, type)
     payload = values.json_value(data, sys.stdin)
 
+    from foundation_nats.errors import AgentNotFoundError
+
     async def main() -> Any:
         async with connected(shared) as cluster:
-            agent = _agent_id(target)
-            if agent is not None:
-                await get_agent(cluster, agent)
-            return await cluster.ask(target, type, payload, timeout=shared.timeout_s)
+            try:
+                return await cluster.ask(target, type, payload, timeout=shared.timeout_s)
+            except AgentNotFoundError:
+                if (agent := _agent_id(target)) is not None:
+                    await get_agent(cluster, agent)  # says which id was meant
+                raise
 
     reply = render.plain(run(main))
     if not render.document(shared, reply):

@@ -202,7 +202,7 @@ def agent(
         str, typer.Argument(metavar="ID", help="The agent's id.", autocompletion=complete.agents)
     ],
 ) -> None:
-    """Show one agent: where it runs, since when, and its stored state.
+    """Show one agent: where it runs, and its stored state.
 
     Example: foundation agent visits
     """

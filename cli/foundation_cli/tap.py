@@ -114,21 +114,24 @@ def tap(
         ),
     ] = None,
 ) -> None:
-    """Watch signals, asks, replies and events as they happen; read only, Ctrl-C ends it.
+    """Watch signals, asks and events as they happen.
+
+    It only looks on, and ends with Ctrl-C.
 
     Example: foundation tap --agent visits --replay 10m -o json
     """
 
     async def main() -> None:
-        async with (
-            connected(shared) as cluster,
-            cluster.taps.open(
+        async with connected(shared) as cluster:
+            if node is not None:
+                await cluster.taps.prepare()
+            opened = cluster.taps.open(
                 pattern, type=type, agent=agent, node=node, where=where, replay_s=replay
-            ) as items,
-        ):
-            async for item in items:
-                found = tap_item(item)
-                _emit(shared, found, tap_line(found))
+            )
+            async with opened as items:
+                async for item in items:
+                    found = tap_item(item)
+                    _emit(shared, found, tap_line(found))
 
     run(main)
 
@@ -141,9 +144,7 @@ def events(
     ] = False,
     since: Annotated[
         float | None,
-        typer.Option(
-            metavar="SINCE", parser=values.duration, help="Only since then, such as 10m."
-        ),
+        typer.Option(metavar="SINCE", parser=values.duration, help="Only since then, such as 10m."),
     ] = None,
     topic: Annotated[
         str | None,
@@ -155,7 +156,9 @@ def events(
         int, typer.Option(metavar="N", min=1, max=100_000, help="At most the last N.")
     ] = 200,
 ) -> None:
-    """Show what happened in the cluster, oldest first; the last 7 days are kept.
+    """Show what happened in the cluster, oldest first.
+
+    The last 7 days are kept.
 
     Example: foundation events --since 1h --topic node
     """

@@ -31,18 +31,6 @@ def duration(text: str) -> float:
     return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds in the form `duration` reads."""
-    if 0 < seconds < 1:
-        return f"{seconds * 1000:.0f}ms"
-    whole = round(seconds, 1)
-    for unit in ("d", "h", "m"):
-        size = _UNITS[unit]
-        if whole >= size and whole % size == 0:
-            return f"{whole / size:.0f}{unit}"
-    return f"{whole:g}s"
-
-
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 

@@ -664,6 +664,8 @@ class Activation:
         if not self.agent.durable:
             self._commit_nothing()
             return
+        if not self.runtime.may_commit(self):
+            return
         failpoint("commit.before_cas")
         items = list(self.outbox.values())
         payload = encode_record(
@@ -720,6 +722,7 @@ class Activation:
         assert self.in_flight is not None
         _, cursor, items, awaiting = self.in_flight
         self.in_flight = None
+        self.runtime.commits_in_flight -= 1
         self.revision = revision
         self.committed_cursor = cursor
         self.committed_outbox = len(items)
@@ -734,6 +737,7 @@ class Activation:
         if self.in_flight is None and self.outbox == {} and self.committed_outbox:
             self.runtime.clear_later(self)
         self.runtime.committed(self)
+        self.runtime.commit_next()
         self.resume()
 
     async def _wait_committed(self) -> None:
@@ -860,8 +864,12 @@ class Activation:
         for reply, _ in self._awaiting + (self.in_flight[3] if self.in_flight else []):
             self._send_reply(reply, orjson.dumps(error_body(error)))
         self._awaiting = []
+        if self.in_flight is not None:
+            self.in_flight = None
+            self.runtime.commits_in_flight -= 1
         self.refuse_queued()
         self.runtime.failed(self, error)
+        self.runtime.commit_next()
 
 
 def _payload(handling: Handling | None, signal_type: str, data: Any) -> Any:

@@ -52,6 +52,7 @@ from foundation_nats.node.hosting import HostContext
 from foundation_schemas import AgentRecord, AgentReport, AgentStatus, ClassInfo, StateRecord
 
 _CLAIM_ROUNDS = 8
+_COMMITS_MAX = 64
 _CLEAR_AFTER_S = 0.5
 _STOP_MARGIN_S = 2.0
 
@@ -89,6 +90,8 @@ class Runtime:
         self._claiming: dict[str, int] = {}
         self._parked: set[Activation] = set()
         self._moved: set[Activation] = set()
+        self.commits_in_flight = 0
+        self._commit_line: dict[Activation, None] = {}
         self._clear: dict[Activation, float] = {}
         self._commit_waiters: dict[Activation, list[asyncio.Future[None]]] = {}
         self._catching_up: set[Activation] = set()
@@ -476,6 +479,25 @@ class Runtime:
         except FoundationError as error:
             on_ack(error)
 
+    def may_commit(self, activation: Activation) -> bool:
+        """Take a place for a commit, or a place in the line for one.
+
+        Few commits at a time make larger ones: while agents wait, what they
+        handle joins the commit that waits.
+        """
+        if self.commits_in_flight >= _COMMITS_MAX:
+            self._commit_line[activation] = None
+            return False
+        self.commits_in_flight += 1
+        return True
+
+    def commit_next(self) -> None:
+        """Places are free: let those in line commit."""
+        while self._commit_line and self.commits_in_flight < _COMMITS_MAX:
+            activation = next(iter(self._commit_line))
+            del self._commit_line[activation]
+            activation.commit()
+
     def publish_later(self, activation: Activation, subject: str, error: FoundationError) -> None:
         """Try again after a while: an emitted signal is never given up."""
         delay = 0.1
@@ -608,6 +630,7 @@ class Runtime:
             self.bus.unsubscribe(activation.route)
         self._parked.discard(activation)
         self._clear.pop(activation, None)
+        self._commit_line.pop(activation, None)
         self.attempts.pop(activation.id, None)
         self._moved.add(activation)
         if activation.stopped is not None and not activation.stopped.done():

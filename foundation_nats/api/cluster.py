@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 from secrets import token_hex
 from types import TracebackType
 from typing import Any
@@ -310,10 +311,13 @@ class _Connecting:
 
 
 def _target(target: str | AgentRef | Target) -> Target:
-    if isinstance(target, Target):
-        return target
+    return target if isinstance(target, Target) else _parsed(str(target))
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Target:
     try:
-        return Target.parse(str(target))
+        return Target.parse(text)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -23,9 +23,17 @@ else:  # pragma: no cover - platforms without CLOCK_BOOTTIME
         return time.monotonic()
 
 
+_last_text: tuple[int, str] = (0, "")
+
+
 def utc_text() -> str:
     """Now, as RFC 3339 in UTC, for people and records; never compared."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    global _last_text
+    now_ms = time.time_ns() // 1_000_000
+    if now_ms != _last_text[0]:
+        text = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="milliseconds")
+        _last_text = (now_ms, text.replace("+00:00", "Z"))
+    return _last_text[1]
 
 
 def wall_ms() -> int:

@@ -384,6 +384,11 @@ class Bus:
             self.forget(token)
         return reply
 
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer than `in_flight_max` requests are pending."""
+        return len(self._pending) < self._config.in_flight_max
+
     async def wait_room(self) -> None:
         """Wait until fewer than `in_flight_max` requests are pending: the bound of pipelines."""
         while len(self._pending) >= self._config.in_flight_max:

@@ -20,7 +20,7 @@ import asyncio
 import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -49,8 +49,7 @@ STREAM_NOT_FOUND = 10059
 NO_MESSAGE = 10037
 
 
-@dataclass(frozen=True, slots=True)
-class PubAck:
+class PubAck(NamedTuple):
     """The server stored the message (or had it already)."""
 
     stream: str

@@ -1,14 +1,14 @@
 """The nats-py client as we drive it: many subjects behind light routes, and pipelined publishing.
 
-nats-py gives every subscription a task and a queue (4.7 KB) and parses headers
-of every message. Here a subscription is a `Route` of a few slots whose handler
+nats-py gives every subscription a task and a queue (4.7 KB), parses every line
+with a row of regular expressions, and the headers of every message. Here a subscription is a `Route` of a few slots whose handler
 runs inside the read loop, and headers stay bytes until somebody asks.
 
 Facts relied upon, verified against nats-py 2.16.0 and nats-server 2.15.1:
 
-- ``Client._process_msg`` is called by the parser for each message with raw
-  header bytes; ``Client._subs`` is replayed on reconnect from the attributes
-  ``_subject``, ``_queue``, ``_max_msgs`` and ``_received`` of its values.
+- ``Client._read_loop`` feeds ``Client._ps.parse`` with what was read;
+  ``Client._subs`` is replayed on reconnect from the attributes ``_subject``,
+  ``_queue``, ``_max_msgs`` and ``_received`` of its values.
 - What waits in ``Client._pending`` at a disconnect is sent after the reconnect,
   even if its sender has long given up; `forget_pending` prevents that.
 - A payload that exceeds ``max_payload`` only by its headers closes the
@@ -22,8 +22,11 @@ from collections.abc import Callable
 from typing import Any
 
 from nats.aio.client import Client
+from nats.protocol.parser import Parser
 
 from foundation_nats.base.logs import get_logger
+
+_M, _H = ord("M"), ord("H")
 
 
 class Message:
@@ -97,12 +100,65 @@ class Route:
         self.sid = 0
 
 
+class _WireParser(Parser):
+    """Reads messages off the wire without regular expressions; leaves the rest to nats-py's parser."""
+
+    def __init__(self, client: WireClient) -> None:
+        self._resets = 0
+        super().__init__(client)
+
+    def reset(self) -> None:
+        """Forget what is half read: the connection is a new one."""
+        self._resets += 1
+        super().reset()
+
+    async def parse(self, data: bytes = b"") -> None:
+        """Dispatch every complete message in *data*; keep the rest for the next call."""
+        if self.buf:
+            data = bytes(self.buf) + data
+        dispatch = self.nc.dispatch
+        resets = self._resets
+        position, size = 0, len(data)
+        while position < size:
+            line_end = data.find(b"\r\n", position)
+            if line_end < 0:
+                break
+            first = data[position]
+            # MSG <subject> <sid> [reply] <size> and HMSG … [reply] <header size> <size>
+            if first in (_M, _H):
+                words = data[position:line_end].split()
+                start = line_end + 2
+                end = start + int(words[-1])
+                if end + 2 > size:
+                    break
+                if first == _M:
+                    reply = words[3] if len(words) == 5 else b""
+                    dispatch(int(words[2]), words[1], reply, data[start:end], None)
+                else:
+                    reply = words[3] if len(words) == 6 else b""
+                    split = start + int(words[-2])
+                    dispatch(int(words[2]), words[1], reply, data[split:end], data[start:split])
+                position = end + 2
+            else:
+                self.buf = bytearray(data[position : line_end + 2])
+                await super().parse()
+                if self._resets != resets:
+                    return
+                position = line_end + 2
+        self.buf = bytearray(data[position:])
+
+
 class WireClient(Client):
     """nats-py's client with direct dispatch and raw publishing."""
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    def __init__(self) -> None:
+        super().__init__()
+        self._ps = _WireParser(self)
+
+    def dispatch(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
     ) -> None:
+        """Hand a message to its route; messages of forgotten routes are dropped."""
         route = self._subs.get(sid)
         if type(route) is Route:
             message = Message(
@@ -114,8 +170,6 @@ class WireClient(Client):
                 get_logger("bus").error(
                     "message handler failed", subject=message.subject, exc_info=error
                 )
-        else:
-            await super()._process_msg(sid, subject, reply, data, headers)
 
     def add_route(self, route: Route) -> None:
         """Register interest; sent now if connected, and again at every reconnect."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from foundation_schemas import Load, NodeRecord, NodeStatus
 
-
 _IDLE = Load()
 
 

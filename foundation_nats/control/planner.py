@@ -84,6 +84,15 @@ class History:
     """Agent to the node that its record named last, for restarts in place."""
     progress: dict[str, float] = field(default_factory=dict)
     """Node to when one of its agents last came to run."""
+    digests: dict[str, tuple[AgentSpec, str]] = field(default_factory=dict)
+    """Deployment to the digest of its spec, since hashing ten thousand takes longer than planning."""
+
+    def digest(self, deployment: Deployment) -> str:
+        """The digest of the deployment's spec."""
+        known = self.digests.get(deployment.name)
+        if known is None or known[0] is not deployment.spec:
+            known = self.digests[deployment.name] = (deployment.spec, deployment.spec.digest())
+        return known[1]
 
 
 @dataclass(slots=True)
@@ -173,6 +182,7 @@ class _Planner:
         self._commands: list[Command] = []
         self._open: list[_Open] = []
         self._wake: float | None = None
+        self._templates: dict[str, AgentRecord] = {}
         self._taken: dict[tuple[str, str, str], tuple[AgentSpec, list[int]]] = {}
 
     def run(self, leader: str | None, rng: random.Random, commands_max: int | None) -> Plan:
@@ -195,7 +205,7 @@ class _Planner:
         for name in sorted(self._desired):
             deployment = self._desired[name]
             ids = _ids(deployment)
-            digest = deployment.spec.digest()
+            digest = self._history.digest(deployment)
             running = 0
             rolling: list[Held] = []
             for agent in ids:
@@ -480,21 +490,28 @@ class _Planner:
     ) -> AgentRecord:
         before = None if item.held is None else item.held.record
         same = before is not None and before.digest == item.digest
+        name = item.deployment.name
+        template = self._templates.get(name)
+        if template is None:
+            template = self._templates[name] = AgentRecord(
+                id=item.agent,
+                deployment=None if item.deployment.standalone else name,
+                spec=item.deployment.spec,
+                digest=item.digest,
+                since=self._at,
+            )
         # Every part was validated before; doing it again would double the cost of a failover.
-        return AgentRecord.model_construct(
-            id=item.agent,
-            deployment=None if item.deployment.standalone else item.deployment.name,
-            status=status,
-            desired="run",
-            node=node,
-            incarnation=incarnation,
-            epoch=epoch,
-            spec=item.deployment.spec,
-            digest=item.digest,
-            reason=reason,
-            recovered_from=item.recovered_from,
-            failures=before.failures if before is not None and same else 0,
-            since=self._at,
+        return template.model_copy(
+            update={
+                "id": item.agent,
+                "status": status,
+                "node": node,
+                "incarnation": incarnation,
+                "epoch": epoch,
+                "reason": reason,
+                "recovered_from": item.recovered_from,
+                "failures": before.failures if before is not None and same else 0,
+            }
         )
 
     def _unplaceable(self, item: _Open, found: Unplaceable) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
+from foundation_nats.base.process import die_with_parent
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.connection import Bus
@@ -28,22 +27,8 @@ from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
 from foundation_nats.node.worker import WorkerOrders
 from foundation_schemas import Pong
 
-_PR_SET_PDEATHSIG = 1
 _PING_EVERY_S = 1.0
 _READY_TIMEOUT_S = 30.0
-
-
-def _die_with_parent(parent: int) -> Callable[[], None]:
-    """What a child does between fork and exec: ask the kernel to end it with *parent*."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return prepare
 
 
 def spawn(module: str, extra_path: Sequence[str] = ()) -> subprocess.Popen[bytes]:
@@ -57,7 +42,7 @@ def spawn(module: str, extra_path: Sequence[str] = ()) -> subprocess.Popen[bytes
         start_new_session=True,
         # Started from the main thread, which lives as long as the manager: the
         # kernel ties the death signal to the thread that forked.
-        preexec_fn=_die_with_parent(os.getpid()),
+        preexec_fn=die_with_parent(os.getpid()),
     )
 
 

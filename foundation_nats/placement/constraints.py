@@ -85,6 +85,8 @@ def unfit(spec: AgentSpec, node: NodeView) -> str | None:
 def full(needed: Mapping[str, float], node: NodeView, usage: Usage) -> str | None:
     """Which resource of *node* is used up for an agent that takes *needed*; None if there is room."""
     capacity = node.record.capacity
+    if not capacity:
+        return None
     for name, amount in needed.items():
         offered = capacity.get(name)
         if offered is None or amount <= 0:

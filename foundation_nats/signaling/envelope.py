@@ -11,8 +11,6 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Any
 
-import orjson
-
 from foundation_nats.base.clock import utc_text
 from foundation_nats.bus.rpc import to_json
 
@@ -58,9 +56,9 @@ def encode_envelope(
         "subject": target,
         "time": utc_text(),
         "datacontenttype": "application/json",
-        "data": orjson.Fragment(to_json(data)),
+        "data": data,
         "traceparent": traceparent_for(id, traceparent),
     }
     if cause is not None:
         body["cause"] = cause
-    return orjson.dumps(body)
+    return to_json(body)

@@ -9,8 +9,9 @@ and sending the same `id` again is safe.
 from __future__ import annotations
 
 import asyncio
+import itertools
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.failpoint import failpoint
@@ -39,6 +40,8 @@ class Publisher:
         self._bus = bus
         self._subjects = subjects
         self.source = source
+        self._id_prefix = token_hex(8)
+        self._ids = itertools.count(1)
 
     def subject(self, target: Target) -> str:
         """Where signals for *target* are stored."""
@@ -69,7 +72,7 @@ class Publisher:
             PermissionDeniedError, BusRefusedError: nothing was stored.
         """
         name = str(target)
-        signal_id = id or uuid4().hex
+        signal_id = id or f"{self._id_prefix}-{next(self._ids)}"
         payload = encode_envelope(
             id=signal_id,
             source=self.source,
@@ -100,7 +103,8 @@ class Publisher:
         while True:
             left = deadline - monotonic()
             try:
-                await self._bus.wait_room()
+                if not self._bus.has_room:
+                    await self._bus.wait_room()
                 failpoint("send.before_publish")
                 ack = await append(
                     self._bus,

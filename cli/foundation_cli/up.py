@@ -1,0 +1,515 @@
+"""`foundation up`: an embedded server, some nodes and a deployment, in one command.
+
+Ctrl-C, SIGTERM and SIGHUP end it with exit code 0 and leave nothing behind: the
+nodes are stopped at once (to drain is pointless when everything goes down),
+then the server, then the runtime file and, without ``--store``, the data. If
+it is killed, the kernel kills the nodes and the server with it.
+
+A node that dies is reported and left to the cluster, which starts its agents
+elsewhere; ``--respawn`` starts it again under a new incarnation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foundation_cli import render, runtime, values
+from foundation_cli.connection import (
+    DEFAULT_CLUSTER,
+    Output,
+    Shared,
+    connected,
+    resolve,
+    run,
+    with_shared,
+)
+from foundation_cli.node import PARENT_VARIABLE
+from foundation_cli.runtime import UpFile
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from foundation_nats.node.embedded import EmbeddedServer
+
+PREFERRED_PORT = 4222
+READY_TIMEOUT_S = 30.0
+_STOP_AGAIN_AFTER_S = 0.15
+_STOP_TIMEOUT_S = 5.0
+_RESPAWN_AFTER_S = 1.0
+_LOG_TAIL_LINES = 15
+
+# Settings of the caller's own connection that must not reach our nodes.
+_FOREIGN = (
+    "FOUNDATION_SERVER",
+    "FOUNDATION_BUS__SERVERS",
+    "FOUNDATION_CREDS",
+    "FOUNDATION_BUS__CREDS",
+    "FOUNDATION_USER",
+    "FOUNDATION_BUS__USER",
+    "FOUNDATION_PASSWORD",
+    "FOUNDATION_BUS__PASSWORD",
+    "FOUNDATION_TOKEN",
+    "FOUNDATION_BUS__TOKEN",
+    "NATS_CONTEXT",
+)
+
+
+class Durability(StrEnum):
+    """When the embedded server's writes survive: a crash of the process, or of the machine."""
+
+    PROCESS = "process"
+    INTERVAL = "interval"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What `up` shall start."""
+
+    cluster: str
+    nodes: int
+    workers: int
+    store: Path | None
+    port: int | None
+    imports: tuple[str, ...]
+    durability: Durability
+    manifest: Path | None
+    wait_s: float
+    respawn: bool
+    log_level: str
+
+
+@dataclass(slots=True)
+class NodeProcess:
+    """One node: its process now, and how often it was started."""
+
+    name: str
+    log: Path
+    process: asyncio.subprocess.Process
+    starts: int = 1
+
+
+@dataclass(slots=True)
+class _State:
+    """What has been started, and so must be stopped."""
+
+    url: str = ""
+    store: str = ""
+    logs: Path | None = None
+    nodes: dict[str, NodeProcess] = field(default_factory=dict)
+    file: UpFile | None = None
+    ready: bool = False
+    stopping: bool = False
+    keep_logs: bool = False
+
+
+class Up:
+    """Everything one `foundation up` has started."""
+
+    def __init__(self, options: UpOptions, shared: Shared) -> None:
+        self._options = options
+        self._shared = shared
+        self._state = _State()
+
+    async def run(self) -> None:
+        """Start, serve until a signal says stop, stop.
+
+        Raises:
+            FoundationError: it could not start; everything is stopped again.
+        """
+        import asyncio
+        import signal
+
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop.set)
+        serving = asyncio.create_task(self._serve())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if serving.done():
+            await serving
+            return
+        self._state.stopping = True
+        if self._state.ready and self._shared.format is Output.TABLE:
+            render.talk("Stopping …")
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+    async def _serve(self) -> None:
+        async with self._server() as url:
+            self._state.url = url
+            try:
+                await self._start_nodes()
+                watchers = await self._watch_and_wait_ready()
+                self._state.ready = True
+                self._write_file()
+                await self._deploy()
+                self._announce()
+                await watchers
+            finally:
+                await self._stop_nodes()
+                if self._state.file is not None:
+                    runtime.remove(self._state.file)
+                self._clean_logs()
+
+    # ---- server -----------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _server(self) -> AsyncIterator[str]:
+        server: EmbeddedServer = self._make_server()
+        raise NotImplementedError(server)
+        yield ""
+
+    def _make_server(self) -> EmbeddedServer:
+        raise NotImplementedError
+
+    # ---- nodes ------------------------------------------------------------------
+
+    def environment(self) -> dict[str, str]:
+        """What a node process finds in its environment."""
+        found = {key: value for key, value in os.environ.items() if key not in _FOREIGN}
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        if self._options.manifest is not None:
+            paths.insert(0, str(self._options.manifest.resolve().parent))
+        found["PYTHONPATH"] = os.pathsep.join(paths)
+        found["FOUNDATION_SERVER"] = self._state.url
+        found["FOUNDATION_CLUSTER"] = self._options.cluster
+        found[PARENT_VARIABLE] = str(os.getpid())
+        return found
+
+    def command(self, name: str) -> list[str]:
+        """The command line of a node process."""
+        options = self._options
+        line = [sys.executable, "-m", "foundation_cli.main", "node", "start", "--name", name]
+        line += ["--workers", str(options.workers), "--log-level", options.log_level]
+        for module in options.imports:
+            line += ["--import", module]
+        return line
+
+    async def _start_nodes(self) -> None:
+        logs = runtime.make_runtime_dir() / "logs" / f"{self._options.cluster}-{os.getpid()}"
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._state.logs = logs
+        for number in range(1, self._options.nodes + 1):
+            name = f"node-{number}"
+            log = logs / f"{name}.log"
+            process = await self._spawn(name, log)
+            self._state.nodes[name] = NodeProcess(name, log, process)
+
+    async def _spawn(self, name: str, log: Path) -> asyncio.subprocess.Process:
+        import asyncio
+
+        with log.open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *self.command(name),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self.environment(),
+                # A session of its own: Ctrl-C reaches us alone, and we end it in order.
+                start_new_session=True,
+            )
+
+    async def _watch_and_wait_ready(self) -> asyncio.Future[Any]:
+        import asyncio
+
+        watchers = asyncio.gather(*(self._watch(node) for node in self._state.nodes.values()))
+        ready = asyncio.create_task(self._wait_ready())
+        pending: set[asyncio.Future[Any]] = {watchers, ready}
+        try:
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            await (watchers if watchers.done() else ready)
+        except BaseException:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            raise
+        return watchers
+
+    async def _wait_ready(self) -> None:
+        import asyncio
+
+        from foundation_nats.errors import NotSettledError
+
+        names = set(self._state.nodes)
+        deadline = asyncio.get_running_loop().time() + READY_TIMEOUT_S
+        async with connected(self._own()) as cluster:
+            while True:
+                up = {node.name for node in await cluster.nodes.list() if node.status == "up"}
+                if names <= up and await cluster.leader() is not None:
+                    return
+                if asyncio.get_running_loop().time() > deadline:
+                    self._state.keep_logs = True
+                    missing = ", ".join(sorted(names - up)) or "a leader"
+                    raise NotSettledError(
+                        f"The cluster is not up after {READY_TIMEOUT_S:g} s: missing {missing}.",
+                        hint=f"Logs: {self._state.logs}.",
+                    )
+                await asyncio.sleep(0.03)
+
+    async def _watch(self, node: NodeProcess) -> None:
+        """Report the end of a node process that nobody asked for.
+
+        Raises:
+            ServerError: it ended before the cluster was ready.
+        """
+        import asyncio
+
+        from foundation_nats.errors import ServerError
+
+        while True:
+            code = await node.process.wait()
+            if self._state.stopping:
+                return
+            self._state.keep_logs = True
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            if not self._state.ready:
+                raise ServerError(
+                    f"{node.name} {how} before it was up: {log_tail(node.log)}",
+                    hint=f"Its log: {node.log}.",
+                )
+            if not self._options.respawn:
+                self._report(
+                    f"{node.name} {how}; the cluster starts its agents elsewhere. "
+                    f"Its log: {node.log}."
+                )
+                await asyncio.get_running_loop().create_future()
+            self._report(f"{node.name} {how}; starting it again. Its log: {node.log}.")
+            await asyncio.sleep(0 if node.starts == 1 else _RESPAWN_AFTER_S)
+            node.process = await self._spawn(node.name, node.log)
+            node.starts += 1
+
+    def _report(self, text: str) -> None:
+        if self._shared.format is Output.TABLE:
+            render.talk(text)
+        else:
+            render.talk(render.json_text({"warning": {"code": "up.node_ended", "message": text}}))
+
+    async def _stop_nodes(self) -> None:
+        import asyncio
+        import signal
+
+        self._state.stopping = True
+        alive = [node.process for node in self._state.nodes.values()]
+        # The first SIGTERM asks to drain, the second to stop at once.
+        for number, patience in (
+            (signal.SIGTERM, _STOP_AGAIN_AFTER_S),
+            (signal.SIGTERM, _STOP_TIMEOUT_S),
+            (signal.SIGKILL, _STOP_TIMEOUT_S),
+        ):
+            alive = [process for process in alive if process.returncode is None]
+            if not alive:
+                return
+            for process in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
+            waits = [asyncio.ensure_future(process.wait()) for process in alive]
+            _, late = await asyncio.wait(waits, timeout=patience)
+            for wait in late:
+                wait.cancel()
+
+    def _clean_logs(self) -> None:
+        if self._state.logs is None or self._state.keep_logs:
+            return
+        shutil.rmtree(self._state.logs, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._state.logs.parent.rmdir()
+
+    # ---- ready ------------------------------------------------------------------
+
+    def _own(self) -> Shared:
+        return replace(
+            self._shared, server=self._state.url, cluster=self._options.cluster, context=None
+        )
+
+    def _write_file(self) -> None:
+        pid = os.getpid()
+        self._state.file = UpFile(
+            cluster=self._options.cluster,
+            url=self._state.url,
+            pid=pid,
+            started=runtime.process_start(pid) or "",
+            store=self._state.store,
+            durability=self._options.durability,
+        )
+        runtime.write(self._state.file)
+
+    async def _deploy(self) -> None:
+        if self._options.manifest is None:
+            return
+        from foundation_cli.deploy import apply_and_wait
+        from foundation_nats.errors import NotSettledError
+
+        async with connected(self._own()) as cluster:
+            try:
+                await apply_and_wait(
+                    cluster, self._shared, self._options.manifest, self._options.wait_s
+                )
+            except NotSettledError as error:
+                # The cluster is up and goes on trying; a look at it is worth more than its end.
+                render.report(error, as_json=self._shared.format is Output.JSON)
+
+    def _announce(self) -> None:
+        state, options = self._state, self._options
+        names = list(state.nodes)
+        found = {
+            "schema": f"{render.SCHEMA}/up",
+            "cluster": options.cluster,
+            "url": state.url,
+            "pid": os.getpid(),
+            "nodes": names,
+            "store": state.store,
+            "temporary": options.store is None,
+            "logs": str(state.logs),
+        }
+        if self._shared.format is not Output.TABLE:
+            # One line, so that a script can read it while `up` goes on.
+            render.print_line(found)
+            return
+        kept = state.store if options.store else "gone when this ends (--store DIR keeps it)"
+        render.write(f"Cluster {options.cluster} is up at {state.url}")
+        render.write(f"nodes   {', '.join(names)}, {options.workers} worker(s) each")
+        render.write(f"data    {kept}")
+        render.write(f"logs    {state.logs}")
+        render.write("Try, in another terminal:")
+        for words in self._suggestions():
+            render.write(f"  foundation {self._flags()}{words}")
+        render.write("Ctrl-C stops everything.")
+
+    def _suggestions(self) -> tuple[str, ...]:
+        if self._options.manifest is None:
+            return ("status", "deploy agents.yaml", "tap")
+        return ("status", "agents", "tap")
+
+    def _flags(self) -> str:
+        """What another terminal must add to find this cluster."""
+        with contextlib.suppress(Exception):
+            found = resolve(Shared())
+            if found.urls == (self._state.url,) and found.cluster == self._options.cluster:
+                return ""
+        flags = f"-s {self._state.url} "
+        if self._options.cluster != DEFAULT_CLUSTER:
+            flags += f"-c {self._options.cluster} "
+        return flags
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a log, for an error."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return "no log"
+    return " | ".join(line.strip() for line in lines[-_LOG_TAIL_LINES:] if line.strip()) or "no log"
+
+
+def default_workers(nodes: int) -> int:
+    """The cores shared among the nodes, at least one each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // nodes)
+
+
+@with_shared
+def up(
+    shared: Shared,
+    manifest: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MANIFEST]", help="Deploy this too.", exists=True, dir_okay=False),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", "-n", metavar="N", min=1, max=64, help="Node processes.")
+    ] = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, max=1024, help="Workers per node (cores / nodes)."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the data here.", file_okay=False),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=65535, help=f"Exactly this port ({PREFERRED_PORT} if free)."
+        ),
+    ] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Nodes import it; may be repeated."),
+    ] = None,
+    durability: Annotated[
+        Durability,
+        typer.Option(
+            metavar="process|interval|always",
+            help="What stored data survives: the server's crash, or the machine's.",
+        ),
+    ] = Durability.PROCESS,
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long to wait for the manifest's agents.",
+            show_default="30s",
+        ),
+    ] = "30s",  # type: ignore[assignment]
+    respawn: Annotated[
+        bool, typer.Option("--respawn", help="Start a node again that has died.")
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="Of the nodes: debug, info, warning, error.")
+    ] = "info",
+) -> None:
+    """Start a cluster here: server, nodes and agents.
+
+    Example: foundation up agents.yaml --nodes 2 --store ./data
+    """
+    if shared.server or shared.context or shared.creds:
+        raise typer.BadParameter(
+            "`up` starts a server of its own; use `foundation node start` to join another."
+        )
+    cluster = _cluster_name(shared, os.environ)
+    options = UpOptions(
+        cluster=cluster,
+        nodes=nodes,
+        workers=workers or default_workers(nodes),
+        store=store,
+        port=port,
+        imports=tuple(imports or ()),
+        durability=durability,
+        manifest=manifest,
+        wait_s=wait,
+        respawn=respawn,
+        log_level=log_level,
+    )
+    run(lambda: Up(options, shared).run())
+
+
+def _cluster_name(shared: Shared, environment: Mapping[str, str]) -> str:
+    from foundation_schemas.base import is_name
+
+    name = shared.cluster or environment.get("FOUNDATION_CLUSTER") or DEFAULT_CLUSTER
+    if not is_name(name):
+        raise typer.BadParameter(
+            f"{name!r} is not a cluster name: use letters, digits, '-' and '_'.",
+            param_hint="--cluster",
+        )
+    return name
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to *app*."""
+    app.command()(up)

@@ -1,0 +1,279 @@
+"""What people asked for: a watch-fed view of the ``desired`` bucket, and changes to it.
+
+One key per deployment; every write is a compare-and-set on the revision that
+was read, and is decided anew when somebody else was first. Applying several
+deployments is not atomic: what was written before an error stays written, and
+applying the same wishes again completes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.kv import Bucket, Entry, Watch
+from foundation_nats.bus.rpc import decode, encode
+from foundation_nats.bus.streams import PubAck
+from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.events import Events
+from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff
+from foundation_nats.control.manifest import find_collision
+from foundation_nats.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    DecodeError,
+    DeploymentNotFoundError,
+    FoundationError,
+    StaleRevisionError,
+)
+from foundation_schemas import Deployment
+
+_ATTEMPTS = 5
+_GONE_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    deployment: Deployment
+    revision: int
+
+
+class Desired:
+    """The wishes as one process sees them."""
+
+    def __init__(self, bus: Bus, subjects: Subjects) -> None:
+        self._bus = bus
+        self.bucket = Bucket(bus, subjects, "desired")
+        self._events = Events(bus, subjects, bus.name)
+        self._known: dict[str, _Known] = {}
+        self._wishes: dict[str, Deployment] = {}
+        self._gone: dict[str, int] = {}
+        self._listeners: list[Callable[[str], None]] = []
+        self._watch: Watch | None = None
+        self._log = get_logger("desired")
+
+    async def open(self, scope: TaskScope, *, timeout: float = 10.0) -> None:
+        """Read everything there is, then follow changes until *scope* closes.
+
+        Raises:
+            BusTimeoutError: the bucket could not be read in time.
+        """
+        self._watch = self.bucket.watch(scope, self._on_entry)
+        await self._watch.wait_ready(timeout)
+
+    async def refresh(self) -> None:
+        """Read everything once more, besides the watch; for a new leader before it decides.
+
+        Raises:
+            BusUnavailableError, BusTimeoutError
+        """
+        for entry in (await self.bucket.read_all()).values():
+            self._on_entry(entry)
+
+    # ---- reading ----------------------------------------------------------------
+
+    def all(self) -> Mapping[str, Deployment]:
+        """Every deployment by name, live: it changes under your hands across awaits."""
+        return self._wishes
+
+    def get(self, name: str) -> Deployment | None:
+        """The deployment of this name; None if there is none."""
+        return self._wishes.get(name)
+
+    def subscribe(self, callback: Callable[[str], None]) -> None:
+        """Call *callback* with the name after every change, own writes included."""
+        self._listeners.append(callback)
+
+    def _on_entry(self, entry: Entry) -> None:
+        if entry.value is None:
+            self._apply(entry.key, None, entry.revision)
+            return
+        try:
+            deployment = decode(Deployment, entry.value)
+        except DecodeError as error:
+            self._log.error(
+                "deployment not understood, left alone", name=entry.key, error=str(error)
+            )
+            return
+        self._apply(entry.key, deployment, entry.revision)
+
+    def _apply(self, name: str, deployment: Deployment | None, revision: int) -> None:
+        known = self._known.get(name)
+        newest = known.revision if known is not None else self._gone.get(name, 0)
+        if revision <= newest:
+            return
+        if deployment is None:
+            self._known.pop(name, None)
+            self._wishes.pop(name, None)
+            self._gone[name] = revision
+            while len(self._gone) > _GONE_MAX:
+                self._gone.pop(next(iter(self._gone)))
+        else:
+            self._known[name] = _Known(deployment, revision)
+            self._wishes[name] = deployment
+            self._gone.pop(name, None)
+        for listener in self._listeners:
+            listener(name)
+
+    # ---- changing ---------------------------------------------------------------
+
+    async def apply(
+        self, wanted: Sequence[Deployment], *, prune: bool = False
+    ) -> list[DeploymentChange]:
+        """Make these wishes stand; returns what changed, in the order of *wanted*.
+
+        With *prune* deployments that *wanted* doesn't name are deleted, except
+        those started by themselves.
+
+        Raises:
+            AlreadyExistsError: an agent id would belong to two deployments; nothing was written.
+            ConflictError: somebody else keeps changing the same deployment.
+            BusTimeoutError, BusUnavailableError: some may have been written; apply again.
+        """
+        changes = diff(self._wishes, wanted, prune=prune)
+        after = {**self._wishes, **{deployment.name: deployment for deployment in wanted}}
+        for change in changes:
+            if change.kind is ChangeKind.REMOVED:
+                after.pop(change.name, None)
+        collision = find_collision(after.values()) or find_collision(wanted)
+        if collision is not None:
+            agent, first, second = collision
+            raise AlreadyExistsError(
+                f"The deployments {first!r} and {second!r} would both have an agent {agent!r}.",
+                hint="Rename one of them, or delete it first.",
+                agent=agent,
+            )
+        todo = [c for c in changes if c.kind in (ChangeKind.ADDED, ChangeKind.CHANGED)]
+        await self._write_all([c.after for c in todo if c.after is not None])
+        for change in changes:
+            if change.kind is ChangeKind.REMOVED:
+                await self.delete(change.name)
+        if todo:
+            names = [change.name for change in todo]
+            self._events.emit(
+                "deployment",
+                "applied",
+                f"Applied {', '.join(names[:5])}{' …' if len(names) > 5 else ''}.",
+                names=names[:100],
+                count=len(names),
+            )
+        return changes
+
+    async def scale(self, name: str, replicas: int) -> Deployment:
+        """Change the number of replicas; returns the new wish.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            ConflictError: it is a single agent, or is being changed by others.
+            BusTimeoutError: outcome unknown.
+        """
+        for _ in range(_ATTEMPTS):
+            current = self._wishes.get(name)
+            if current is None:
+                raise _unknown(name)
+            if current.replicas is None:
+                raise ConflictError(
+                    f"{name} is a single agent and has no replicas to scale.",
+                    hint="Give it `replicas` in its manifest first; its id becomes NAME-0.",
+                )
+            # Built anew, so that the limits of the model hold.
+            wish = Deployment.model_validate(
+                {**current.model_dump(), "replicas": replicas, "revision": current.revision + 1}
+            )
+            if replicas == current.replicas:
+                return current
+            collision = find_collision([*({**self._wishes, name: wish}).values()])
+            if collision is not None:
+                raise AlreadyExistsError(
+                    f"{collision[0]!r} is the id of another agent ({collision[2]}).",
+                    hint="Scale to fewer replicas, or delete that agent.",
+                )
+            if await self._write(wish):
+                self._events.emit(
+                    "deployment",
+                    "scaled",
+                    f"{name} goes from {current.replicas} to {replicas} replicas.",
+                    name=name,
+                    before=current.replicas,
+                    after=replicas,
+                )
+                return wish
+        raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
+
+    async def delete(self, name: str) -> None:
+        """Withdraw a wish: its agents are stopped and forgotten.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            BusTimeoutError: outcome unknown.
+        """
+        for _ in range(_ATTEMPTS):
+            known = self._known.get(name)
+            if known is None:
+                raise _unknown(name)
+            try:
+                await self.bucket.delete(name, expected=known.revision)
+            except StaleRevisionError:
+                await self._read(name)
+                continue
+            await self._read(name)
+            self._events.emit("deployment", "deleted", f"{name} was deleted.", name=name)
+            return
+        raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
+
+    async def _read(self, name: str) -> None:
+        entry = await self.bucket.read(name)
+        if entry is not None:
+            self._on_entry(entry)
+
+    async def _write_all(self, wishes: Sequence[Deployment]) -> None:
+        gate = asyncio.Semaphore(256)
+
+        async def write(wish: Deployment) -> None:
+            async with gate:
+                for _ in range(_ATTEMPTS):
+                    if await self._write(wish):
+                        return
+            raise ConflictError(
+                f"{wish.name} is being changed by others.", hint="Apply the manifest again."
+            )
+
+        results = await asyncio.gather(*map(write, wishes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _write(self, wish: Deployment) -> bool:
+        """Write *wish* over what is known; False: that was out of date and has been read again."""
+        known = self._known.get(wish.name)
+        revision = 1 if known is None else known.deployment.revision + 1
+        wish = wish.model_copy(update={"revision": revision})
+        expected = self._gone.get(wish.name, 0) if known is None else known.revision
+        acked: asyncio.Future[PubAck] = asyncio.get_running_loop().create_future()
+
+        def on_ack(ack: PubAck | FoundationError) -> None:
+            if acked.done():
+                return
+            if isinstance(ack, FoundationError):
+                acked.set_exception(ack)
+            else:
+                acked.set_result(ack)
+
+        self.bucket.replace_nowait(wish.name, encode(wish), expected=expected, on_ack=on_ack)
+        try:
+            ack = await acked
+        except StaleRevisionError:
+            await self._read(wish.name)
+            return False
+        self._apply(wish.name, wish, ack.sequence)
+        return True
+
+
+def _unknown(name: str) -> DeploymentNotFoundError:
+    return DeploymentNotFoundError(
+        f"There is no deployment {name!r}.", hint="`foundation deployments` lists them."
+    )

@@ -1,0 +1,146 @@
+"""What applying wishes would change, and where new agents would go: the text of ``--plan``.
+
+Pure. `diff` compares wishes with wishes. `preview` also asks the planner, so
+that what is shown is what the leader would decide with the same view; by the
+time it is applied the view may be another one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from foundation_nats.cluster.registry import Held
+from foundation_nats.cluster.view import NodeView
+from foundation_nats.config import ControlConfig
+from foundation_nats.control.commands import Assign, MarkPending
+from foundation_nats.control.planner import plan
+from foundation_schemas import Deployment
+
+
+class ChangeKind(StrEnum):
+    """What happens to a deployment."""
+
+    ADDED = "+"
+    REMOVED = "-"
+    CHANGED = "~"
+    SAME = "="
+
+
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """One field of a deployment that differs; None: absent."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentChange:
+    """One deployment and what happens to it."""
+
+    name: str
+    kind: ChangeKind
+    fields: tuple[FieldChange, ...] = ()
+    before: Deployment | None = None
+    after: Deployment | None = None
+
+    @property
+    def restarts(self) -> bool:
+        """Whether its running agents are restarted, a quarter at a time."""
+        return any(change.name not in ("replicas", "standalone") for change in self.fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Changes, and where the agents that need a node would go."""
+
+    changes: tuple[DeploymentChange, ...]
+    placements: Mapping[str, str] = field(default_factory=dict)
+    """Agent to node."""
+    unplaceable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Agent to the reason per node."""
+
+
+def _flat(deployment: Deployment) -> dict[str, Any]:
+    values = deployment.model_dump(mode="json", exclude={"name", "revision", "spec"})
+    for key, value in deployment.spec.model_dump(mode="json").items():
+        if key == "placement":
+            values.update({f"placement.{name}": item for name, item in value.items()})
+        else:
+            values[key] = value
+    return values
+
+
+def changed_fields(before: Deployment, after: Deployment) -> tuple[FieldChange, ...]:
+    """The fields in which two wishes differ, in the order of the model."""
+    old, new = _flat(before), _flat(after)
+    return tuple(
+        FieldChange(name, old.get(name), new.get(name))
+        for name in new
+        if old.get(name) != new.get(name)
+    )
+
+
+def diff(
+    current: Mapping[str, Deployment], wanted: Sequence[Deployment], *, prune: bool = False
+) -> list[DeploymentChange]:
+    """What changes if *wanted* is applied, in its order, removals last.
+
+    Without *prune* a deployment that *wanted* doesn't name stays; with it, it
+    goes, unless it was started by itself (`agents.start`).
+    """
+    changes: list[DeploymentChange] = []
+    for after in wanted:
+        before = current.get(after.name)
+        if before is None:
+            changes.append(DeploymentChange(after.name, ChangeKind.ADDED, (), None, after))
+            continue
+        fields = changed_fields(before, after)
+        kind = ChangeKind.CHANGED if fields else ChangeKind.SAME
+        changes.append(DeploymentChange(after.name, kind, fields, before, after))
+    if prune:
+        names = {deployment.name for deployment in wanted}
+        changes += [
+            DeploymentChange(name, ChangeKind.REMOVED, (), current[name], None)
+            for name in sorted(current)
+            if name not in names and not current[name].standalone
+        ]
+    return changes
+
+
+def preview(
+    current: Mapping[str, Deployment],
+    wanted: Sequence[Deployment],
+    held: Mapping[str, Held],
+    nodes: Mapping[str, NodeView],
+    config: ControlConfig,
+    *,
+    prune: bool = False,
+    leader: str | None = None,
+    seed: int = 0,
+) -> Preview:
+    """`diff`, and for each agent that would need a node which one it would get, or why none.
+
+    Agents that are restarted in place for a changed spec are not listed.
+    """
+    changes = diff(current, wanted, prune=prune)
+    after = dict(current)
+    for change in changes:
+        if change.after is None:
+            after.pop(change.name, None)
+        else:
+            after[change.name] = change.after
+    found = plan(after, held, nodes, 0.0, config, leader, random.Random(seed), commands_max=None)
+    placements: dict[str, str] = {}
+    unplaceable: dict[str, Mapping[str, str]] = {}
+    for command in found.commands:
+        if isinstance(command, Assign) and command.record.node is not None:
+            placements[command.agent] = command.record.node
+        elif isinstance(command, MarkPending):
+            unplaceable[command.agent] = command.reasons
+    return Preview(tuple(changes), placements, unplaceable)

@@ -1,0 +1,471 @@
+"""Reads a manifest (YAML, ``version: 1``) into deployments and writes deployments as one; errors name line and remedy.
+
+Pure, except that `load` reads a file. Nothing is guessed: an unknown key, a
+key given twice, a wrong type or a name that would collide is an error that
+says where it is and what would be right. Values of ``config`` must be plain
+JSON, because they travel to other machines and languages.
+
+A manifest says nothing about revisions and about how an agent was started, so
+that `export` followed by `parse` keeps everything but `revision` and
+`standalone`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from foundation_nats.errors import ManifestError
+from foundation_nats.placement.strategies import STRATEGIES
+from foundation_schemas import AgentSpec, Deployment, OnNodeLoss, PlacementPolicy
+from foundation_schemas.deployment import REPLICAS_MAX
+
+VERSION = 1
+TEXT_MAX = 8 * 1024 * 1024
+_ITEMS_MAX = 200_000
+_DEPTH_MAX = 32
+
+_TOP = ("version", "agents")
+_PLACEMENT = ("strategy", "require", "prefer", "spread", "labels")
+_AGENT = (
+    "name",
+    "run",
+    "replicas",
+    "critical",
+    "durable",
+    "capabilities",
+    "resources",
+    "placement",
+    "on_node_loss",
+    "config",
+    "restart",
+)
+_RESTART = ("permanent", "transient", "temporary")
+
+
+def load(path: str | Path) -> list[Deployment]:
+    """Read the manifest at *path*.
+
+    Raises:
+        ManifestError: it can't be read, or it is wrong; says what, where, and what would be right.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ManifestError(f"There is no file {file}.", hint="Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{file} is not UTF-8 text.") from error
+    except OSError as error:
+        raise ManifestError(f"{file} can't be read: {error.strerror}.") from error
+    return parse(text, source=str(file))
+
+
+def parse(text: str, *, source: str = "manifest") -> list[Deployment]:
+    """The deployments that a manifest asks for, in its order.
+
+    Raises:
+        ManifestError: says what is wrong, where, and what would be right; `details` has
+            ``line`` and ``source``.
+    """
+    return _Parser(source).parse(text)
+
+
+def check_collisions(deployments: Iterable[Deployment]) -> None:
+    """Refuse wishes of which two stand for an agent of the same id.
+
+    Raises:
+        ManifestError: names both.
+    """
+    found = find_collision(deployments)
+    if found is not None:
+        agent, first, second = found
+        raise ManifestError(
+            f"{first!r} and {second!r} would both stand for an agent {agent!r}.",
+            hint="Rename one of them.",
+            agent=agent,
+        )
+
+
+def find_collision(deployments: Iterable[Deployment]) -> tuple[str, str, str] | None:
+    """(agent id, first deployment, second deployment) where two claim one id; None if none do."""
+    by_name: dict[str, Deployment] = {}
+    for deployment in deployments:
+        if deployment.name in by_name:
+            return deployment.name, deployment.name, deployment.name
+        by_name[deployment.name] = deployment
+    for deployment in by_name.values():
+        if deployment.replicas is not None:
+            continue
+        # Only `X-<number>` can be a replica's id: no need to list a million of them.
+        match = re.fullmatch(r"(.+)-(0|[1-9]\d*)", deployment.name)
+        if match is None:
+            continue
+        other = by_name.get(match[1])
+        if other is not None and other.replicas is not None and int(match[2]) < other.replicas:
+            return deployment.name, other.name, deployment.name
+    return None
+
+
+class _Parser:
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._items = 0
+
+    def _fail(
+        self, line: int | None, message: str, hint: str | None = None, **more: Any
+    ) -> NoReturn:
+        where = self._source if line is None else f"{self._source}, line {line}"
+        raise ManifestError(
+            f"{where}: {message}", hint=hint, line=line, source=self._source, **more
+        )
+
+    def parse(self, text: str) -> list[Deployment]:
+        if len(text) > TEXT_MAX:
+            self._fail(None, f"is larger than {TEXT_MAX // 1024 // 1024} MiB.")
+        root = self._read(text)
+        if not isinstance(root, CommentedMap):
+            what = "is empty" if root is None else f"starts with {_kind(root)}"
+            self._fail(1, f"{what}, not with keys.", "Begin with `version: 1` and `agents:`.")
+        self._check_keys(root, _TOP, "the manifest")
+        if "version" not in root:
+            self._fail(1, "the key 'version' is missing.", "Add `version: 1` as the first line.")
+        version = root["version"]
+        if isinstance(version, bool) or version != VERSION:
+            self._fail(
+                _line(root, "version"),
+                f"version is {version!r}; this release reads {VERSION}.",
+                f"Write `version: {VERSION}`.",
+            )
+        if "agents" not in root:
+            self._fail(1, "the key 'agents' is missing.", "Add `agents:` with a list below it.")
+        agents = root["agents"]
+        if agents is None:
+            return []
+        if not isinstance(agents, CommentedSeq):
+            self._fail(
+                _line(root, "agents"),
+                f"'agents' is {_kind(agents)}, not a list.",
+                "Begin each agent with `- name: …`.",
+            )
+        deployments: list[Deployment] = []
+        lines: dict[str, int] = {}
+        for index, item in enumerate(agents):
+            line = agents.lc.item(index)[0] + 1
+            deployment = self._agent(item, line)
+            name_line = _line(item, "name")
+            if deployment.name in lines:
+                self._fail(
+                    name_line,
+                    f"the name {deployment.name!r} is taken by line {lines[deployment.name]}.",
+                    "Give each agent its own name; for several of one kind use `replicas`.",
+                )
+            lines[deployment.name] = name_line
+            deployments.append(deployment)
+        collision = find_collision(deployments)
+        if collision is not None:
+            agent, first, second = collision
+            self._fail(
+                lines[second],
+                f"the id {agent!r} is also that of a replica of {first!r} (line {lines[first]}).",
+                "Rename one of them.",
+                agent=agent,
+            )
+        return deployments
+
+    def _read(self, text: str) -> Any:
+        yaml = YAML(typ="rt")
+        yaml.allow_duplicate_keys = False
+        try:
+            return yaml.load(text)
+        except DuplicateKeyError as error:
+            mark = error.problem_mark
+            key = re.search(r'found duplicate key "?([^"\s]+)"?', str(error.problem or ""))
+            self._fail(
+                None if mark is None else mark.line + 1,
+                f"the key {key[1] if key else '?'!r} is given twice.",
+                "Remove one of them.",
+            )
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self._fail(
+                None if mark is None else mark.line + 1,
+                f"is not valid YAML: {error.problem or error.context}.",
+                "Check the indentation and quotes there.",
+            )
+        except (YAMLError, ValueError, RecursionError) as error:
+            self._fail(None, f"is not valid YAML: {str(error) or type(error).__name__}.")
+
+    def _check_keys(self, found: CommentedMap, allowed: Sequence[str], what: str) -> None:
+        for key in found:
+            if key in allowed:
+                continue
+            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(allowed)}."
+            self._fail(
+                _line(found, key), f"unknown key {str(key)!r} in {what}.", hint, key=str(key)
+            )
+
+    def _agent(self, item: Any, line: int) -> Deployment:
+        if not isinstance(item, CommentedMap):
+            self._fail(
+                line, f"an agent is {_kind(item)}, not keys and values.", "Write `- name: …`."
+            )
+        name = item.get("name")
+        what = f"agent {name!r}" if isinstance(name, str) else "an agent"
+        self._check_keys(item, _AGENT, what)
+        for needed, example in (("name", "name: counter"), ("run", "run: my_module:MyAgent")):
+            if item.get(needed) is None:
+                self._fail(line, f"{what} has no {needed!r}.", f"Add `{example}`.")
+        spec: dict[str, Any] = {"run": self._text(item, "run")}
+        for key in ("critical", "durable"):
+            if item.get(key) is not None:
+                spec[key] = self._flag(item, key)
+        if item.get("capabilities") is not None:
+            spec["capabilities"] = self._texts(item, "capabilities")
+        if item.get("resources") is not None:
+            spec["resources"] = self._resources(item)
+        if item.get("placement") is not None:
+            spec["placement"] = self._placement(item, what)
+        if item.get("on_node_loss") is not None:
+            spec["on_node_loss"] = self._choice(
+                item, "on_node_loss", [policy.value for policy in OnNodeLoss]
+            )
+        if item.get("restart") is not None:
+            spec["restart"] = self._choice(item, "restart", _RESTART)
+        if item.get("config") is not None:
+            spec["config"] = self._config(item)
+        values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
+        if item.get("replicas") is not None:
+            values["replicas"] = self._replicas(item)
+        try:
+            return Deployment.model_validate(values)
+        except ValidationError as error:
+            self._refused(error, item, line, what)
+
+    def _refused(
+        self, error: ValidationError, item: CommentedMap, line: int, what: str
+    ) -> NoReturn:
+        first = error.errors()[0]
+        path = [part for part in first["loc"] if part != "spec"]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        here: Any = item
+        for part in path:
+            if isinstance(here, CommentedMap) and part in here:
+                line = _line(here, part)
+            elif isinstance(here, CommentedSeq) and isinstance(part, int) and part < len(here):
+                line = here.lc.item(part)[0] + 1
+            else:
+                break
+            here = here[part]
+        key = ".".join(str(part) for part in path)
+        hint = "Write it as `module:Class`." if key == "run" else None
+        self._fail(line, f"{key or what}: {message}.", hint, key=key)
+
+    # ---- typed values ---------------------------------------------------------------
+
+    def _wrong(self, found: CommentedMap, key: str, wanted: str) -> NoReturn:
+        self._fail(
+            _line(found, key),
+            f"{key!r} is {_kind(found[key])}, not {wanted}.",
+            'Put it in quotes: `"…"`.' if wanted == "text" else None,
+            key=key,
+        )
+
+    def _text(self, found: CommentedMap, key: str) -> str:
+        if not isinstance(found[key], str):
+            self._wrong(found, key, "text")
+        return str(found[key])
+
+    def _flag(self, found: CommentedMap, key: str) -> bool:
+        # ruamel's own booleans are integers that know their line.
+        if type(found[key]).__name__ not in ("bool", "ScalarBoolean"):
+            self._wrong(found, key, "true or false")
+        return bool(found[key])
+
+    def _choice(self, found: CommentedMap, key: str, allowed: Sequence[str]) -> str:
+        value = found[key]
+        if value in allowed:
+            return str(value)
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        self._fail(
+            _line(found, key),
+            f"{key!r} is {str(value)!r}, not one of {', '.join(allowed)}.",
+            f"Did you mean {near[0]!r}?" if near else None,
+            key=key,
+        )
+
+    def _texts(self, found: CommentedMap, key: str) -> list[str]:
+        value = found[key]
+        if not isinstance(value, CommentedSeq):
+            self._wrong(found, key, "a list such as [a, b]")
+        for index, item in enumerate(value):
+            if not isinstance(item, str):
+                self._fail(
+                    value.lc.item(index)[0] + 1,
+                    f"{key!r} holds {_kind(item)}, not text.",
+                    'Put it in quotes: `"…"`.',
+                    key=key,
+                )
+        return [str(item) for item in value]
+
+    def _replicas(self, found: CommentedMap) -> int:
+        value = found["replicas"]
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._wrong(found, "replicas", "a whole number")
+        if not 0 <= value <= REPLICAS_MAX:
+            self._fail(
+                _line(found, "replicas"),
+                f"'replicas' is {int(value)}, not between 0 and {REPLICAS_MAX:,}.",
+                key="replicas",
+            )
+        return int(value)
+
+    def _resources(self, found: CommentedMap) -> dict[str, float]:
+        value = found["resources"]
+        if not isinstance(value, CommentedMap):
+            self._wrong(found, "resources", "keys and numbers such as {cpu: 1}")
+        amounts: dict[str, float] = {}
+        for key, amount in value.items():
+            if isinstance(amount, bool) or not isinstance(amount, int | float):
+                self._fail(
+                    _line(value, key),
+                    f"resource {str(key)!r} is {_kind(amount)}, not a number.",
+                    key=f"resources.{key}",
+                )
+            if not math.isfinite(amount) or amount < 0:
+                self._fail(
+                    _line(value, key),
+                    f"resource {str(key)!r} is {amount}, not a number of 0 or more.",
+                    key=f"resources.{key}",
+                )
+            amounts[str(key)] = float(amount)
+        return amounts
+
+    def _placement(self, found: CommentedMap, what: str) -> dict[str, Any]:
+        value = found["placement"]
+        if not isinstance(value, CommentedMap):
+            self._wrong(found, "placement", "keys such as {strategy: spread}")
+        self._check_keys(value, _PLACEMENT, f"placement of {what}")
+        policy: dict[str, Any] = {}
+        if value.get("strategy") is not None:
+            policy["strategy"] = self._choice(value, "strategy", STRATEGIES)
+        for key in ("require", "prefer"):
+            if value.get(key) is not None:
+                policy[key] = self._texts(value, key)
+        if value.get("spread") is not None:
+            policy["spread"] = self._text(value, "spread")
+        if value.get("labels") is not None:
+            labels = value["labels"]
+            if not isinstance(labels, CommentedMap):
+                self._wrong(value, "labels", "keys and texts such as {zone: a}")
+            policy["labels"] = {str(key): self._text(labels, key) for key in labels}
+        return policy
+
+    def _config(self, found: CommentedMap) -> dict[str, Any]:
+        value = found["config"]
+        if not isinstance(value, CommentedMap):
+            self._wrong(found, "config", "keys and values")
+        plain: dict[str, Any] = self._plain(value, _line(found, "config"), "config", 0)
+        return plain
+
+    def _plain(self, value: Any, line: int, path: str, depth: int) -> Any:
+        """Plain JSON; aliases are followed, but neither for ever nor without measure."""
+        self._items += 1
+        if self._items > _ITEMS_MAX or depth > _DEPTH_MAX:
+            self._fail(line, f"{path} is nested too deeply or holds too much.")
+        if isinstance(value, CommentedMap):
+            result: dict[str, Any] = {}
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    self._fail(
+                        _line(value, key),
+                        f"the key {key!r} in {path} is {_kind(key)}, not text.",
+                        'Put it in quotes: `"…"`.',
+                    )
+                result[str(key)] = self._plain(item, _line(value, key), f"{path}.{key}", depth + 1)
+            return result
+        if isinstance(value, CommentedSeq):
+            return [
+                self._plain(item, value.lc.item(index)[0] + 1, f"{path}.{index}", depth + 1)
+                for index, item in enumerate(value)
+            ]
+        if value is None:
+            return None
+        if type(value).__name__ in ("bool", "ScalarBoolean"):
+            return bool(value)
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return float(value)
+        if isinstance(value, str):
+            return str(value)
+        self._fail(
+            line,
+            f"{path} is {_kind(value)}, which JSON can't say.",
+            'Put it in quotes: `"…"`.',
+            key=path,
+        )
+
+
+def _line(found: CommentedMap, key: Any) -> int:
+    try:
+        return int(found.lc.key(key)[0]) + 1
+    except (KeyError, TypeError, AttributeError):  # merged in by `<<`
+        return int(found.lc.line or 0) + 1
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if type(value).__name__ in ("bool", "ScalarBoolean"):
+        return f"{'true' if value else 'false'}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text {str(value)!r}"
+    if isinstance(value, CommentedMap):
+        return "keys and values"
+    if isinstance(value, CommentedSeq):
+        return "a list"
+    return f"a {type(value).__name__.lower()}"
+
+
+def export(deployments: Iterable[Deployment]) -> str:
+    """Deployments as a manifest; what has its default value is left out."""
+    agents: list[dict[str, Any]] = []
+    for deployment in deployments:
+        spec = deployment.spec
+        item: dict[str, Any] = {"name": deployment.name, "run": spec.run}
+        if deployment.replicas is not None:
+            item["replicas"] = deployment.replicas
+        values = spec.model_dump(mode="json")
+        blank = AgentSpec(run=spec.run).model_dump(mode="json")
+        for key in _AGENT:
+            if key in ("name", "run", "replicas") or values[key] == blank[key]:
+                continue
+            item[key] = _changed(spec.placement) if key == "placement" else values[key]
+        agents.append(item)
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    out = io.StringIO()
+    yaml.dump({"version": VERSION, "agents": agents}, out)
+    return out.getvalue()
+
+
+def _changed(policy: PlacementPolicy) -> Mapping[str, Any]:
+    values, blank = policy.model_dump(mode="json"), PlacementPolicy().model_dump(mode="json")
+    return {key: values[key] for key in _PLACEMENT if values[key] != blank[key]}

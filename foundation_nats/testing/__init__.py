@@ -1,0 +1,7 @@
+"""The public test kit: real servers and real nodes in a fixture, and verbs of trouble."""
+
+from foundation_nats.testing.cluster import NodeProcess, TestCluster
+from foundation_nats.testing.probes import eventually
+from foundation_nats.testing.server import TestServer
+
+__all__ = ["NodeProcess", "TestCluster", "TestServer", "eventually"]
