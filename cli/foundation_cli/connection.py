@@ -172,8 +172,8 @@ def group_callback(doc: str, extra: Callable[[bool], None] | None = None) -> Cal
             inspect.Parameter(
                 "version",
                 inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[bool | None, option],
+                default=False,
+                annotation=Annotated[bool, option],
             )
         )
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """`foundation node start`: this process becomes one node of the cluster.
 
 SIGTERM or Ctrl-C drains and stops with exit code 0; a second one stops at
-once. A node started by `foundation up` dies with it, whatever ends it.
+once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,8 @@ from foundation_cli.connection import (
     with_shared,
 )
 
-PARENT_VARIABLE = "FOUNDATION_PARENT_PID"
-"""Set by `foundation up`: the process to die with."""
-
 _HELP = "Nodes: processes that host agents."
 _LEVELS = ("debug", "info", "warning", "error")
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when *parent* ends; end now if it has ended already."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise typer.Exit(1)
 
 
 def _find_modules_here() -> None:
@@ -85,9 +70,6 @@ def start(
 
     Example: foundation node start --name n1 --import my_agents --label zone=a --capacity slots=500
     """
-    parent = os.environ.pop(PARENT_VARIABLE, None)
-    if parent is not None:
-        _die_with(int(parent))
     if log_level.lower() not in _LEVELS:
         raise typer.BadParameter(
             f"{log_level!r} is none of {', '.join(_LEVELS)}.", param_hint="--log-level"

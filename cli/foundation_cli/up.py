@@ -15,7 +15,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +33,6 @@ from foundation_cli.connection import (
     run,
     with_shared,
 )
-from foundation_cli.node import PARENT_VARIABLE
 from foundation_cli.runtime import UpFile
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ _STOP_AGAIN_AFTER_S = 0.15
 _STOP_TIMEOUT_S = 5.0
 _RESPAWN_AFTER_S = 1.0
 _LOG_TAIL_LINES = 15
+_SERVER_LOOK_EVERY_S = 0.5
 
 # Settings of the caller's own connection that must not reach our nodes.
 _FOREIGN = (
@@ -65,11 +65,18 @@ _FOREIGN = (
 
 
 class Durability(StrEnum):
-    """When the embedded server's writes survive: a crash of the process, or of the machine."""
+    """What acknowledged writes survive: always the server's death, and of a power cut …"""
 
     PROCESS = "process"
     INTERVAL = "interval"
     ALWAYS = "always"
+
+
+_SYNC_INTERVAL = {
+    Durability.PROCESS: "2m",
+    Durability.INTERVAL: "100ms",
+    Durability.ALWAYS: "always",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ class _State:
     store: str = ""
     logs: Path | None = None
     nodes: dict[str, NodeProcess] = field(default_factory=dict)
+    watchers: list[asyncio.Task[None]] = field(default_factory=list)
     file: UpFile | None = None
     ready: bool = False
     stopping: bool = False
@@ -149,32 +157,79 @@ class Up:
             await serving
 
     async def _serve(self) -> None:
-        async with self._server() as url:
-            self._state.url = url
+        import asyncio
+
+        if self._options.manifest is not None:
+            from foundation_nats.control import manifest
+
+            manifest.load(self._options.manifest)  # a wrong one is said before anything starts
+        async with self._server() as server:
+            self._state.url, self._state.store = server.url, str(server.store)
             try:
                 await self._start_nodes()
-                watchers = await self._watch_and_wait_ready()
+                self._watch_over(server)
+                await self._until_failure(self._wait_ready())
                 self._state.ready = True
                 self._write_file()
-                await self._deploy()
+                await self._until_failure(self._deploy())
                 self._announce()
-                await watchers
+                await self._until_failure(asyncio.Event().wait())
             finally:
                 await self._stop_nodes()
                 if self._state.file is not None:
                     runtime.remove(self._state.file)
                 self._clean_logs()
 
+    def _watch_over(self, server: EmbeddedServer) -> None:
+        import asyncio
+
+        watches = [self._watch_server(server), *map(self._watch, self._state.nodes.values())]
+        self._state.watchers = [asyncio.create_task(watch) for watch in watches]
+
+    async def _until_failure(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do *work*, but raise what a watcher raises meanwhile."""
+        import asyncio
+
+        task = asyncio.create_task(work)
+        waiting = {task, *self._state.watchers}
+        try:
+            while not task.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done:
+                    ended.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     # ---- server -----------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _server(self) -> AsyncIterator[str]:
-        server: EmbeddedServer = self._make_server()
-        raise NotImplementedError(server)
-        yield ""
+    async def _server(self) -> AsyncIterator[EmbeddedServer]:
+        from foundation_nats.node.embedded import EmbeddedConfig, EmbeddedServer
 
-    def _make_server(self) -> EmbeddedServer:
-        raise NotImplementedError
+        options = self._options
+        config = EmbeddedConfig(
+            store=options.store,
+            port=options.port,
+            preferred_port=PREFERRED_PORT,
+            sync_interval=_SYNC_INTERVAL[options.durability],
+        )
+        async with EmbeddedServer(config) as server:
+            yield server
+
+    async def _watch_server(self, server: EmbeddedServer) -> None:
+        """Start the server again when it has ended: the store is whole, and clients reconnect.
+
+        Raises:
+            ServerError: it can't be started again.
+        """
+        import asyncio
+
+        while True:
+            await asyncio.sleep(_SERVER_LOOK_EVERY_S)
+            if not server.is_running:
+                self._report(f"The NATS server ended ({server.log_tail()}); starting it again.")
+                await server.restart()
 
     # ---- nodes ------------------------------------------------------------------
 
@@ -187,7 +242,6 @@ class Up:
         found["PYTHONPATH"] = os.pathsep.join(paths)
         found["FOUNDATION_SERVER"] = self._state.url
         found["FOUNDATION_CLUSTER"] = self._options.cluster
-        found[PARENT_VARIABLE] = str(os.getpid())
         return found
 
     def command(self, name: str) -> list[str]:
@@ -212,6 +266,8 @@ class Up:
     async def _spawn(self, name: str, log: Path) -> asyncio.subprocess.Process:
         import asyncio
 
+        from foundation_nats.base.process import die_with_parent
+
         with log.open("ab") as output:
             return await asyncio.create_subprocess_exec(
                 *self.command(name),
@@ -221,23 +277,8 @@ class Up:
                 env=self.environment(),
                 # A session of its own: Ctrl-C reaches us alone, and we end it in order.
                 start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
             )
-
-    async def _watch_and_wait_ready(self) -> asyncio.Future[Any]:
-        import asyncio
-
-        watchers = asyncio.gather(*(self._watch(node) for node in self._state.nodes.values()))
-        ready = asyncio.create_task(self._wait_ready())
-        pending: set[asyncio.Future[Any]] = {watchers, ready}
-        try:
-            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            await (watchers if watchers.done() else ready)
-        except BaseException:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-            raise
-        return watchers
 
     async def _wait_ready(self) -> None:
         import asyncio
@@ -286,7 +327,7 @@ class Up:
                     f"{node.name} {how}; the cluster starts its agents elsewhere. "
                     f"Its log: {node.log}."
                 )
-                await asyncio.get_running_loop().create_future()
+                return
             self._report(f"{node.name} {how}; starting it again. Its log: {node.log}.")
             await asyncio.sleep(0 if node.starts == 1 else _RESPAWN_AFTER_S)
             node.process = await self._spawn(node.name, node.log)
@@ -303,6 +344,9 @@ class Up:
         import signal
 
         self._state.stopping = True
+        for watcher in self._state.watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._state.watchers, return_exceptions=True)
         alive = [node.process for node in self._state.nodes.values()]
         # The first SIGTERM asks to drain, the second to stop at once.
         for number, patience in (
@@ -453,9 +497,9 @@ def up(
         Durability,
         typer.Option(
             metavar="process|interval|always",
-            help="What stored data survives: the server's crash, or the machine's.",
+            help="A power cut loses: up to 2 minutes, up to 100 ms, nothing (slow).",
         ),
-    ] = Durability.PROCESS,
+    ] = Durability.INTERVAL,
     wait: Annotated[
         float,
         typer.Option(

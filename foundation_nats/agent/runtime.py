@@ -52,7 +52,7 @@ from foundation_nats.node.hosting import HostContext
 from foundation_schemas import AgentRecord, AgentReport, AgentStatus, ClassInfo, StateRecord
 
 _CLAIM_ROUNDS = 8
-_COMMITS_MAX = 64
+_COMMITS_MAX = 32
 _CLEAR_AFTER_S = 0.5
 _STOP_MARGIN_S = 2.0
 

@@ -1,0 +1,56 @@
+# Two commands do all on a fresh machine with Python 3.11+ and make:
+#   make demo    install into .venv and run the main job on the embedded server
+#   make test    install and pass the tests
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test lint types architecture unit check fix bench chaos wheel-check docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python -m examples.census.demo $(DEMO)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+architecture: install
+	$(BIN)/lint-imports
+
+unit: install
+	$(BIN)/python -m pytest -q tests $(TESTS)
+
+check: lint types architecture
+
+test: check unit
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks $(BENCH)
+
+chaos: install
+	$(BIN)/python -m pytest -q tests/cluster --chaos $(CHAOS)
+
+wheel-check: install
+	$(BIN)/python -m pytest -q tests/packaging
+
+docs:
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

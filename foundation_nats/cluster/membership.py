@@ -1,0 +1,859 @@
+"""Which nodes there are and which of them live; for a member, also being one of them.
+
+Reads and writes the bucket ``nodes``; publishes and hears
+``fnd.C.heartbeat.node.*``; serves ``fnd.C.control.node.<self>.ping`` and
+``.probe``; on the leader echoes heartbeats on ``fnd.C.echo.node.<node>``.
+
+The decisions are `LivenessDetector`'s; this is its shell. A record in the
+bucket says what a node is, never that it lives: its TTL is garbage collection
+(F2), and a node that was only read about counts as suspect until it was heard.
+The leader probes every node, because its verdict moves agents; everybody else
+probes only the leader's node, so that its death is noticed by all at once.
+
+Two modes: a *member* (`join`) has a record, sends heartbeats and asks others
+for a second opinion; an *observer* (`observe`: clients, the CLI) only watches
+and judges by silence.
+
+Not guaranteed: that two processes have the same view. What is decided on a
+view is protected by compare-and-set, not by its being right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+
+from foundation_nats.base.clock import monotonic, utc_text, wall_ms
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.kv import Bucket, Entry
+from foundation_nats.bus.rpc import REPLY_PREFIX, call, decode, encode, read_reply, serve
+from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED, Subjects
+from foundation_nats.bus.wire import Message, Route
+from foundation_nats.cluster.events import Events
+from foundation_nats.cluster.liveness import (
+    BusDisturbed,
+    Confirm,
+    Confirmed,
+    Effect,
+    Event,
+    ForceFailover,
+    Forgot,
+    Heard,
+    Left,
+    LivenessDetector,
+    OwnLag,
+    ProbeAnswered,
+    ProbeMissed,
+    StormBegan,
+    StormEnded,
+    Tick,
+    Verdict,
+    VerdictChanged,
+)
+from foundation_nats.cluster.view import ClusterView, NodeView
+from foundation_nats.config import LivenessConfig
+from foundation_nats.errors import (
+    BusError,
+    BusTimeoutError,
+    DecodeError,
+    FoundationError,
+    NodeNameTakenError,
+    NoRespondersError,
+    StaleRevisionError,
+)
+from foundation_schemas import (
+    Echo,
+    Heartbeat,
+    Load,
+    NodeRecord,
+    NodeStatus,
+    Pong,
+    ProbeReply,
+    ProbeRequest,
+)
+
+RECORD_TTL_S = 60.0
+RECORD_EVERY_S = 20.0
+_TICK_S = 0.1
+_LAG_MIN_S = 0.05
+_LAG_MEMORY_S = 5.0
+_JOIN_PINGS = 3
+_JOIN_PAUSE_S = 0.2
+_JOIN_PING_TIMEOUT_S = 1.0
+_PROBE_TIMEOUT_S = 1.0
+_SETTLE_S = 0.3
+_IDLE = Load()
+
+
+class Membership:
+    """The nodes as one process knows them."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        config: LivenessConfig,
+        *,
+        record: NodeRecord | None = None,
+        load: Callable[[], Load] | None = None,
+        on_replaced: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            record: what this node is; its incarnation is chosen by `join`. None: an observer.
+            load: asked for each heartbeat.
+            on_replaced: called once if another process took this node's name; the node must stop.
+        """
+        self._bus = bus
+        self._subjects = subjects
+        self._config = config
+        self._record = None if record is None else record.model_copy(update={"incarnation": 0})
+        self._load = load
+        self._on_replaced = on_replaced
+        self._bucket = Bucket(bus, subjects, "nodes")
+        self._events = Events(bus, subjects, record.name if record is not None else bus.name)
+        self._log = get_logger("membership").bind(node=self.node or "observer")
+        self._detector = LivenessDetector(
+            suspect_after_s=config.suspect_after_s,
+            down_after_s=config.down_after_s,
+            bus_grace_s=config.bus_grace_s,
+            storm_fraction=config.storm_fraction,
+            storm_hold_s=config.storm_hold_s,
+        )
+        self._records: dict[str, NodeRecord] = {}
+        self._record_revisions: dict[str, int] = {}
+        self._heard: dict[str, Heartbeat | None] = {}
+        """The last heartbeat of each node's newest incarnation; None: it only answered a ping."""
+        self._down: dict[str, int] = {}
+        """Node to the highest incarnation that is over; outlives the node's record."""
+        self._views: dict[str, NodeView] = {}
+        self._revision = 0
+        self._listeners: list[Callable[[], None]] = []
+        self._scope: TaskScope | None = None
+        self._routes: list[Route] = []
+        self._own_revision = 0
+        self._own_incarnations: set[int] = set()
+        self._beat = 0
+        self._draining = False
+        self._is_member = False
+        self._is_over = False
+        self._term: int | None = None
+        self._may_echo: Callable[[], bool] = lambda: True
+        self._holder: str | None = None
+        self._died_leading: tuple[str, int, str] | None = None
+        self._probing: set[str] = set()
+        self._lag_s = 0.0
+        self._lag_at = 0.0
+        self.disturbed_at: float | None = None
+        """When the bus was last known to be unwell, on `monotonic`; None: never."""
+        self.lagged_at: float | None = None
+        """When this process last stood still for longer than `suspect_after_s`."""
+        self.is_in_storm = False
+        """Whether verdicts are being held because too many nodes seem dead at once."""
+
+    # ---- reading ----------------------------------------------------------------
+
+    @property
+    def record(self) -> NodeRecord | None:
+        """This node's record; None for an observer."""
+        return self._record
+
+    @property
+    def node(self) -> str:
+        """This node's name; empty for an observer."""
+        return "" if self._record is None else self._record.name
+
+    @property
+    def incarnation(self) -> int:
+        """This node's present life; 0 before `join` and for an observer."""
+        return 0 if self._record is None else self._record.incarnation
+
+    def nodes(self) -> Mapping[str, NodeView]:
+        """Every known node by name, this one included; live: it changes across awaits."""
+        return MappingProxyType(self._views)
+
+    def view(self) -> ClusterView:
+        """The nodes as of now."""
+        return ClusterView(MappingProxyType(dict(self._views)), self._revision)
+
+    def is_down(self, node: str, incarnation: int) -> bool:
+        """Whether this life of *node* is known to be over: declared down, left, or replaced."""
+        return self._down.get(node, -1) >= incarnation
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """Call *callback* after every change of a node's status or record (not of its load)."""
+        self._listeners.append(callback)
+
+    # ---- life -------------------------------------------------------------------
+
+    async def join(self, scope: TaskScope, *, timeout: float = 10.0) -> NodeRecord:
+        """Become a member; returns the record with the incarnation that was chosen.
+
+        Raises:
+            NodeNameTakenError: a node of this name lives.
+            BusTimeoutError, BusUnavailableError: the ``nodes`` bucket could not be used.
+        """
+        if self._record is None:
+            raise ValueError("an observer has no record to join with")
+        name = self._record.name
+        async with asyncio.timeout(timeout):
+            for attempt in range(5):
+                entry = await self._bucket.read(name)
+                previous = 0
+                if entry is not None and entry.value is not None:
+                    previous = _incarnation_of(entry)
+                await self._refuse_duplicate(name, has_record=previous > 0)
+                try:
+                    await self._write_own(
+                        max(previous + 1, wall_ms()), 0 if entry is None else entry.revision
+                    )
+                    break
+                except StaleRevisionError:
+                    if attempt == 4:
+                        raise NodeNameTakenError(
+                            f"Another process is joining as node {name!r} right now.",
+                            hint="Give this node another name with --name.",
+                            node=name,
+                        ) from None
+        self._is_member = True
+        self._see_self()
+        self._serve(scope)
+        await self._open(scope, timeout)
+        self._events.emit(
+            "node",
+            "joined",
+            f"Node {name} joined.",
+            node=name,
+            incarnation=self.incarnation,
+            workers=len(self._record.workers),
+        )
+        self._log.info("joined", incarnation=self.incarnation)
+        return self._record
+
+    async def observe(self, scope: TaskScope, *, timeout: float = 10.0) -> None:
+        """Watch without being a member.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the ``nodes`` bucket could not be read.
+        """
+        await self._open(scope, timeout)
+
+    async def rejoin(self) -> NodeRecord:
+        """Begin a new life under the same name: for a node that was declared down and isn't.
+
+        The caller has stopped every activation of the old life.
+
+        Raises:
+            NodeNameTakenError: another process has the name by now.
+            BusTimeoutError, BusUnavailableError: not (surely) written; call again.
+        """
+        assert self._record is not None
+        incarnation = max(self._record.incarnation + 1, wall_ms())
+        try:
+            await self._write_own(incarnation, self._own_revision)
+        except StaleRevisionError:
+            entry = await self._bucket.read(self.node)
+            if (
+                entry is not None
+                and entry.value is not None
+                and _incarnation_of(entry) not in self._own_incarnations
+            ):
+                self._replaced()
+                raise NodeNameTakenError(
+                    f"Another process runs as node {self.node!r} now.",
+                    hint="Stop one of them, or give this node another name.",
+                    node=self.node,
+                ) from None
+            await self._write_own(incarnation, 0 if entry is None else entry.revision)
+        self._send_heartbeat()
+        self._log.info("joined again", incarnation=incarnation)
+        return self._record
+
+    async def update(self, **changes: Any) -> NodeRecord:
+        """Rewrite fields of this node's record, such as ``workers=[…]``.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: not (surely) written; it is at the next refresh.
+        """
+        assert self._record is not None
+        self._record = NodeRecord.model_validate({**self._record.model_dump(), **changes})
+        self._see_self()
+        try:
+            await self._write_own(self._record.incarnation, self._own_revision)
+        except StaleRevisionError:
+            await self._reclaim()
+        return self._record
+
+    def set_draining(self, draining: bool = True) -> None:
+        """Say in every heartbeat from now on whether this node takes new agents."""
+        self._draining = draining
+        self._see_self()
+        self._send_heartbeat()
+        self._notify()
+
+    async def leave(self, *, timeout: float = 2.0) -> None:
+        """Say good-bye and delete the record; what fails is left to time-outs. Idempotent."""
+        if self._is_member and not self._is_over and self._record is not None:
+            self._is_over = True
+            self._send_heartbeat(left=True)
+            self._events.emit(
+                "node",
+                "left",
+                f"Node {self.node} left.",
+                node=self.node,
+                incarnation=self.incarnation,
+            )
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._bucket.delete(self.node, expected=self._own_revision)
+                    await self._bus.flush(timeout)
+            except (FoundationError, TimeoutError) as error:
+                self._log.info("left without deleting the record", error=str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Stop hearing and answering; tasks end with their scope. Idempotent."""
+        self._is_over = True
+        for route in self._routes:
+            self._bus.unsubscribe(route)
+        self._routes.clear()
+
+    async def _refuse_duplicate(self, name: str, *, has_record: bool) -> None:
+        subject = self._subjects.control_node(name, "ping")
+        for attempt in range(_JOIN_PINGS if has_record else 1):
+            if attempt:
+                await asyncio.sleep(_JOIN_PAUSE_S)
+            try:
+                pong = await call(self._bus, subject, None, Pong, timeout=_JOIN_PING_TIMEOUT_S)
+            except NoRespondersError:
+                continue
+            except BusTimeoutError as error:
+                raise NodeNameTakenError(
+                    f"A node named {name!r} is connected but does not answer; it may be frozen.",
+                    hint="End that process, or give this node another name with --name.",
+                    node=name,
+                ) from error
+            raise NodeNameTakenError(
+                f"A node named {name!r} is running (incarnation {pong.incarnation}).",
+                hint="Give this node another name with --name, or stop the other one.",
+                node=name,
+            )
+
+    async def _open(self, scope: TaskScope, timeout: float) -> None:
+        self._scope = scope
+        bus, subjects = self._bus, self._subjects
+        self._routes.append(bus.subscribe(subjects.heartbeats(), self._on_heartbeat))
+        self._routes.append(bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory))
+        bus.on_disconnect(self._on_bus_change)
+        bus.on_reconnect(self._on_bus_change)
+        watch = self._bucket.watch(scope, self._on_entry)
+        await watch.wait_ready(timeout)
+        self._send_heartbeat()
+        scope.start(self._run(), "beat")
+        if self._is_member:
+            scope.start(self._keep_record(), "record")
+        else:
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Give the nodes that were read about a moment to answer their first ping."""
+        until = monotonic() + _SETTLE_S
+        while self._probing and monotonic() < until:
+            await asyncio.sleep(0.005)
+
+    # ---- own record ---------------------------------------------------------------
+
+    async def _write_own(self, incarnation: int, expected: int) -> None:
+        assert self._record is not None
+        record = self._record.model_copy(
+            update={"incarnation": incarnation, "started_at": self._record.started_at or utc_text()}
+        )
+        # Before the write: its echo by the watch must not look like a stranger's.
+        self._own_incarnations.add(incarnation)
+        self._own_revision = await self._bucket.replace(
+            self.node, encode(record), expected=expected, ttl_s=RECORD_TTL_S
+        )
+        # The fields may have been changed by `update` meanwhile; the life only goes forward.
+        self._record = self._record.model_copy(
+            update={
+                "incarnation": max(self._record.incarnation, incarnation),
+                "started_at": record.started_at,
+            }
+        )
+        self._end(record.name, incarnation - 1)
+        self._see_self()
+        self._notify()
+
+    async def _keep_record(self) -> None:
+        while not self._is_over:
+            await asyncio.sleep(RECORD_EVERY_S * random.uniform(0.9, 1.0))
+            if self._is_over or not self._bus.is_connected:
+                continue
+            began = monotonic()
+            try:
+                await self._write_own(self.incarnation, self._own_revision)
+            except StaleRevisionError:
+                await self._reclaim()
+            except BusError as error:
+                self._log.warning("node record not refreshed", error=str(error))
+            if monotonic() - began > 1.0:
+                self.note_write_stall()
+
+    async def _reclaim(self) -> None:
+        """Our record is not as we left it: expired, written by us unawares, or by another."""
+        try:
+            entry = await self._bucket.read(self.node)
+            if entry is None or entry.value is None:
+                await self._write_own(self.incarnation, 0 if entry is None else entry.revision)
+            elif _incarnation_of(entry) in self._own_incarnations:
+                await self._write_own(self.incarnation, entry.revision)
+            else:
+                self._replaced()
+        except (StaleRevisionError, BusError) as error:
+            self._log.warning("node record not reclaimed", error=str(error))
+
+    def _replaced(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._log.error("another process has taken this node's name; this node must stop")
+        if self._on_replaced is not None:
+            self._on_replaced()
+
+    def _see_self(self) -> None:
+        if not self._is_member or self._record is None:
+            return
+        load = _IDLE if self._load is None else self._load()
+        status = NodeStatus.DRAINING if self._draining else NodeStatus.UP
+        self._views[self.node] = NodeView(self._record, status, load)
+
+    # ---- answering ------------------------------------------------------------------
+
+    def _serve(self, scope: TaskScope) -> None:
+        ping = self._subjects.control_node(self.node, "ping")
+        self._routes.append(self._bus.subscribe(ping, self._on_ping))
+        probe = self._subjects.control_node(self.node, "probe")
+        self._routes.append(serve(self._bus, scope, probe, self._on_probe))
+
+    def _on_ping(self, message: Message) -> None:
+        # Not through `serve`: the leader asks this five times a second of every node.
+        if message.reply.startswith(REPLY_PREFIX):
+            pong = encode(Pong(name=self.node, incarnation=self.incarnation))
+            try:
+                self._bus.publish(message.reply, b'{"ok":%b}' % pong)
+            except BusError as error:
+                self._log.debug("pong not sent", error=str(error))
+
+    async def _on_probe(self, data: bytes) -> ProbeReply:
+        request = decode(ProbeRequest, data)
+        try:
+            pong = await call(
+                self._bus,
+                self._subjects.control_node(request.node, "ping"),
+                None,
+                Pong,
+                timeout=self._config.confirm_timeout_s,
+            )
+        except BusError:
+            return ProbeReply(reachable=False)
+        return ProbeReply(reachable=pong.incarnation == request.incarnation)
+
+    # ---- hearing --------------------------------------------------------------------
+
+    def _on_heartbeat(self, message: Message) -> None:
+        try:
+            beat = decode(Heartbeat, message.data)
+        except DecodeError as error:
+            self._log.warning("heartbeat not understood", error=str(error))
+            return
+        if self._is_over:
+            return
+        name = beat.node
+        if name == self.node:
+            if beat.incarnation == self.incarnation:
+                self._see_self()
+            self._echo(beat)
+            return
+        if beat.left:
+            self._end(name, beat.incarnation)
+            self._step(Left(name, beat.incarnation))
+            self._heard.pop(name, None)
+            self._show(name)
+            self._notify()
+            return
+        if not self.is_down(name, beat.incarnation):
+            before = self._heard.get(name)
+            is_first = before is None or before.incarnation != beat.incarnation
+            self._heard[name] = beat
+            self._step(Heard(name, beat.incarnation))
+            self._show(name)
+            if is_first or (before is not None and before.draining != beat.draining):
+                self._notify()
+        self._echo(beat)
+
+    def _echo(self, beat: Heartbeat) -> None:
+        if self._term is None or not self._may_echo():
+            return
+        over = self.is_down(beat.node, beat.incarnation)
+        echo = Echo(
+            node=beat.node,
+            incarnation=beat.incarnation,
+            beat=beat.beat,
+            sent_at=beat.sent_at,
+            verdict=NodeStatus.DOWN if over else NodeStatus.UP,
+            leader=self.node,
+            term=self._term,
+        )
+        try:
+            self._bus.publish(self._subjects.echo(beat.node), encode(echo))
+        except BusError as error:
+            self._log.debug("echo not sent", error=str(error))
+
+    def _on_entry(self, entry: Entry) -> None:
+        name = entry.key
+        if entry.revision <= self._record_revisions.get(name, 0):
+            return
+        self._record_revisions[name] = entry.revision
+        if entry.value is None:
+            self._records.pop(name, None)
+            if name != self.node and self._detector.verdict(name) in (None, Verdict.DOWN):
+                self._step(Forgot(name))
+                self._heard.pop(name, None)
+                self._views.pop(name, None)
+                self._notify()
+            # A TTL that ran out during a stall says nothing about a node that is heard (F2).
+            return
+        try:
+            record = decode(NodeRecord, entry.value)
+        except DecodeError as error:
+            self._log.error("node record not understood", name=name, error=str(error))
+            return
+        if name == self.node and self._is_member:
+            if record.incarnation not in self._own_incarnations:
+                self._replaced()
+            return
+        before = self._records.get(name)
+        self._records[name] = record
+        is_new = before is None or before.incarnation != record.incarnation
+        if is_new and not self.is_down(name, record.incarnation):
+            self._step(Heard(name, record.incarnation))
+            beat = self._heard.get(name)
+            if beat is None or beat.incarnation != record.incarnation:
+                self._heard.pop(name, None)
+                self._greet(record)
+        self._show(name)
+        if before != record:
+            self._notify()
+
+    def _on_advisory(self, message: Message) -> None:
+        stream = message.subject.rpartition(".")[2]
+        if stream.removeprefix("KV_").startswith(f"fnd_{self._subjects.cluster}_"):
+            self._disturb()
+
+    def _on_bus_change(self) -> None:
+        if not self._is_over:
+            self._disturb()
+            self._send_heartbeat()
+
+    def _disturb(self) -> None:
+        self.disturbed_at = monotonic()
+        self._step(BusDisturbed())
+
+    def note_write_stall(self) -> None:
+        """Say that a write took more than a second: silence proves little for a while."""
+        self._disturb()
+
+    def force_failover(self) -> None:
+        """Let the verdicts that a storm holds back take effect: a person says it is real."""
+        self._step(ForceFailover())
+
+    # ---- the detector -----------------------------------------------------------------
+
+    def _step(self, event: Event) -> None:
+        effects = self._detector.step(event, monotonic())
+        if effects:
+            for effect in effects:
+                self._perform(effect)
+            self._notify()
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case VerdictChanged(node, incarnation, old, new, cause):
+                self._on_verdict(node, incarnation, old, new, cause)
+            case Confirm(node, incarnation):
+                if self._scope is not None:
+                    self._scope.start(self._confirm(node, incarnation), "confirm")
+            case StormBegan(nodes, until):
+                self.is_in_storm = True
+                hold = until - monotonic()
+                self._log.error("many nodes seem down at once; waiting", nodes=nodes, hold_s=hold)
+                if self._term is not None:
+                    self._events.emit(
+                        "cluster",
+                        "storm",
+                        f"{', '.join(nodes)} and others seem down at once; failover waits "
+                        f"{hold:.0f} s.",
+                        nodes=list(nodes),
+                        hold_s=hold,
+                    )
+            case StormEnded():
+                self.is_in_storm = False
+                self._log.warning("verdicts are given again")
+                if self._term is not None:
+                    self._events.emit("cluster", "storm_ended", "Failover goes on.")
+
+    def _on_verdict(
+        self, node: str, incarnation: int, old: Verdict | None, new: Verdict, cause: str
+    ) -> None:
+        was_down = self._views.get(node)
+        if new is Verdict.DOWN:
+            self._end(node, incarnation)
+        elif old is None:
+            self._end(node, incarnation - 1)
+        self._show(node)
+        log = self._log.bind(peer=node, incarnation=incarnation, cause=cause)
+        match new:
+            case Verdict.UP if old is None:
+                log.info("node seen")
+                if was_down is not None and was_down.status is NodeStatus.DOWN:
+                    self._tell("returned", f"Node {node} is back.", node, incarnation, cause)
+            case Verdict.UP:
+                log.info("node is well again")
+                self._tell("returned", f"Node {node} is heard again.", node, incarnation, cause)
+            case Verdict.SUSPECT:
+                log.warning("node is suspect")
+                self._tell("suspect", f"Node {node} is not heard.", node, incarnation, cause)
+            case Verdict.DOWN if cause != "left":
+                log.warning("node is down")
+                if self._term is None and node == self._holder:
+                    self._died_leading = (node, incarnation, cause)
+                self._tell("down", f"Node {node} is down ({cause}).", node, incarnation, cause)
+            case Verdict.DOWN:
+                log.info("node left")
+
+    def _tell(self, what: str, message: str, node: str, incarnation: int, cause: str) -> None:
+        """Only the leader speaks about others, or each fact would be told by every node."""
+        if self._term is not None:
+            self._events.emit(
+                "node", what, message, node=node, incarnation=incarnation, cause=cause
+            )
+
+    def _end(self, node: str, incarnation: int) -> None:
+        self._down[node] = max(self._down.get(node, -1), incarnation)
+        if len(self._down) > 10_000:
+            self._down.pop(next(iter(self._down)))
+
+    def _show(self, name: str) -> None:
+        """Rebuild the view of one node."""
+        known, beat = self._records.get(name), self._heard.get(name)
+        if known is None:
+            shown = self._views.get(name)
+            known = shown.record if shown is not None else None
+        if known is None or name == self.node:
+            return
+        is_heard = name in self._heard
+        newest = self._detector.incarnation(name)
+        if newest is not None and newest > known.incarnation and not self.is_down(name, newest):
+            status = NodeStatus.SUSPECT  # it lives anew, and the record that says so is on its way
+        elif self.is_down(name, known.incarnation):
+            if name not in self._records:
+                self._views.pop(name, None)  # it left, or its record has expired
+                return
+            status, is_heard = NodeStatus.DOWN, False
+        elif not is_heard or self._detector.verdict(name) is not Verdict.UP:
+            status = NodeStatus.SUSPECT
+        else:
+            status = NodeStatus.DRAINING if beat is not None and beat.draining else NodeStatus.UP
+        load = beat.load if beat is not None else _IDLE
+        self._views[name] = NodeView(known, status, load, is_heard)
+
+    def _notify(self) -> None:
+        self._revision += 1
+        for listener in self._listeners:
+            listener()
+
+    # ---- asking ---------------------------------------------------------------------
+
+    async def _confirm(self, node: str, incarnation: int) -> None:
+        reachable: bool | None = None
+        others = [
+            view.name
+            for view in self._views.values()
+            if view.status is NodeStatus.UP and view.name not in (node, self.node)
+        ]
+        if others and self._is_member:
+            subject = self._subjects.control_node(random.choice(others), "probe")
+            try:
+                reply = await call(
+                    self._bus,
+                    subject,
+                    ProbeRequest(node=node, incarnation=incarnation),
+                    ProbeReply,
+                    # The one asked waits `confirm_timeout_s` itself.
+                    timeout=2 * self._config.confirm_timeout_s,
+                )
+                reachable = reply.reachable
+            except FoundationError as error:
+                self._log.info("no second opinion", peer=node, error=str(error))
+        self._step(Confirmed(node, incarnation, reachable))
+
+    def set_leading(self, term: int | None, may_echo: Callable[[], bool] = lambda: True) -> None:
+        """Begin (or with None, end) the leader's duties: echoes while *may_echo*, and probes of all."""
+        self._term = term
+        self._may_echo = may_echo
+        if term is not None and self._died_leading is not None:
+            node, incarnation, cause = self._died_leading
+            self._tell("down", f"Node {node} is down ({cause}).", node, incarnation, cause)
+        self._died_leading = None
+
+    def watch_holder(self, node: str | None) -> None:
+        """Probe *node* while this node doesn't lead: it holds the lease."""
+        self._holder = node
+
+    def emit(self, topic: str, what: str, message: str, **data: Any) -> None:
+        """Publish a cluster event in this node's name; never raises and never waits."""
+        self._events.emit(topic, what, message, **data)
+
+    def _greet(self, record: NodeRecord) -> None:
+        """Ask a node that was only read about whether it lives."""
+        name, incarnation = record.name, record.incarnation
+
+        def on_reply(reply: Message | BusError) -> None:
+            self._probing.discard(name)
+            if isinstance(reply, BusError) or self._is_over:
+                return
+            try:
+                pong = Pong.model_validate(read_reply(reply.data))
+            except (FoundationError, ValueError):
+                return
+            if pong.incarnation == incarnation and not self.is_down(name, incarnation):
+                self._heard.setdefault(name, None)
+                self._step(Heard(name, incarnation))
+                self._show(name)
+                self._notify()
+
+        self._request(name, self._subjects.control_node(name, "ping"), on_reply)
+
+    def _request(
+        self, name: str, subject: str, on_reply: Callable[[Message | BusError], None]
+    ) -> None:
+        try:
+            self._bus.request_nowait(subject, b"", on_reply, timeout=_PROBE_TIMEOUT_S)
+            self._probing.add(name)
+        except BusError:
+            self._probing.discard(name)
+
+    def _probe_all(self) -> None:
+        if self._term is not None:
+            targets = [name for name in self._views if name != self.node]
+        elif self._holder is not None and self._holder != self.node:
+            targets = [self._holder]
+        else:
+            return
+        for name in targets:
+            view = self._views.get(name)
+            if view is not None and view.is_alive and name not in self._probing:
+                self._probe(view.record)
+
+    def _probe(self, record: NodeRecord) -> None:
+        name, incarnation = record.name, record.incarnation
+        left = len(record.workers)
+
+        def on_manager(reply: Message | BusError) -> None:
+            self._probing.discard(name)
+            if not isinstance(reply, NoRespondersError):
+                answered(reply)
+            elif not record.workers:
+                self._step(ProbeMissed(name, incarnation))
+            else:
+                # A dead manager says nothing about its workers, which may live on and answer (F3).
+                for worker in record.workers:
+                    self._request(name, self._subjects.control_worker(worker, "ping"), on_worker)
+
+        def on_worker(reply: Message | BusError) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._probing.discard(name)
+            if not isinstance(reply, NoRespondersError):
+                left = -1  # one answer decides
+                answered(reply)
+            elif left == 0:
+                self._step(ProbeMissed(name, incarnation))
+
+        def answered(reply: Message | BusError) -> None:
+            # A time-out means that somebody listens, unless the connection is what failed.
+            if not isinstance(reply, BusError) or self._bus.is_connected:
+                self._probing.discard(name)
+                self._step(ProbeAnswered(name, incarnation))
+
+        self._request(name, self._subjects.control_node(name, "ping"), on_manager)
+
+    # ---- time -----------------------------------------------------------------------
+
+    def _send_heartbeat(self, *, left: bool = False) -> None:
+        if not self._is_member or self._record is None or (self._is_over and not left):
+            return
+        self._beat += 1
+        beat = Heartbeat(
+            node=self.node,
+            incarnation=self.incarnation,
+            beat=self._beat,
+            sent_at=monotonic(),
+            draining=self._draining,
+            left=left,
+            load=_IDLE if self._load is None else self._load(),
+        )
+        try:
+            self._bus.publish(self._subjects.heartbeat(self.node), encode(beat))
+        except BusError as error:
+            self._log.debug("heartbeat not sent", error=str(error))
+
+    async def _run(self) -> None:
+        interval = self._config.heartbeat_interval_s
+        next_beat = next_probe = monotonic()
+        expected = monotonic()
+        while not self._is_over:
+            now = monotonic()
+            self._note_lag(now - expected, now)
+            if now >= next_beat:
+                self._send_heartbeat()
+                next_beat = now + interval * random.uniform(0.9, 1.1)
+            if self._is_member and now >= next_probe:
+                self._probe_all()
+                next_probe = now + self._config.probe_interval_s
+            due = self._detector.deadline()
+            if due is not None and now >= due:
+                self._step(Tick())
+            expected = monotonic() + _TICK_S
+            await asyncio.sleep(_TICK_S)
+
+    def _note_lag(self, lag: float, now: float) -> None:
+        if lag >= self._config.suspect_after_s:
+            # We stood still: what others said meanwhile is still unread. It is not silence.
+            self.lagged_at = now
+            self._log.warning("this process stood still", seconds=round(lag, 1))
+            for name, (incarnation, verdict) in self._detector.snapshot().items():
+                if verdict is Verdict.UP:
+                    self._step(Heard(name, incarnation))
+        if lag >= max(_LAG_MIN_S, self._lag_s):
+            self._lag_s, self._lag_at = lag, now
+            self._step(OwnLag(lag))
+        elif self._lag_s and now - self._lag_at > _LAG_MEMORY_S:
+            self._lag_s = 0.0
+            self._step(OwnLag(0.0))
+
+
+def _incarnation_of(entry: Entry) -> int:
+    """The incarnation a stored record names; 1 where it can't be read, so that it counts."""
+    try:
+        return max(1, int(orjson.loads(entry.value or b"{}").get("incarnation", 1)))
+    except (ValueError, AttributeError, TypeError):
+        return 1

@@ -1,0 +1,343 @@
+"""Makes wishes true while this node leads: looks, plans, carries out, and looks again.
+
+One level-triggered loop over `plan` and `execute`. It wakes on every change of
+the registry, the wishes or the nodes, collects changes for a few milliseconds,
+and passes over everything at least every `resync_every_s`, so that a lost wake
+costs time, never truth. A change of the nodes is urgent and is not collected.
+
+While it doesn't lead it only remembers since when records are as they are, so
+that grace periods don't begin anew with a new leader who was there before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.logs import get_logger
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.cluster.membership import Membership
+from foundation_nats.cluster.registry import Held, Registry
+from foundation_nats.cluster.view import NodeView, missing_node
+from foundation_nats.config import Config
+from foundation_nats.control.commands import Assign, Cause, Command, Plan
+from foundation_nats.control.desired import Desired
+from foundation_nats.control.executor import Outcome, execute
+from foundation_nats.control.planner import History, plan
+from foundation_nats.errors import FoundationError
+from foundation_schemas import AgentStatus, NodeStatus
+
+_DEBOUNCE_S = 0.005
+_QUIET_S = 0.25
+"""How long an agent that came to run may wait for a pass: it seldom needs one."""
+_RETRY_S = 0.2
+_STALL_S = 1.0
+_REST_FACTOR = 2.0
+"""After a pass the loop rests this many times as long as the pass took, except when urgent."""
+_AGENTS_NAMED_MAX = 50
+_LOST = (Cause.NODE_DOWN, Cause.NODE_RESTARTED)
+
+
+class Reconciler:
+    """The leader's loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        membership: Membership,
+        registry: Registry,
+        desired: Desired,
+    ) -> None:
+        self._control = config.control
+        self._liveness = config.liveness
+        self._membership = membership
+        self._registry = registry
+        self._desired = desired
+        self._log = get_logger("reconciler").bind(node=membership.node)
+        self._history = History()
+        self._marks: dict[str, tuple[AgentStatus, int, int]] = {}
+        self._missing_since: dict[str, float] = {}
+        self._down_at: dict[str, float] = {}
+        self._newest = 0
+        self._epoch_floor = 0
+        self._is_ready = False
+        self._term: int | None = None
+        self._wake = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._wake_later: asyncio.TimerHandle | None = None
+        self._rng = random.Random()
+        self._passes = 0
+
+    # ---- life -------------------------------------------------------------------
+
+    def open(self, scope: TaskScope) -> None:
+        """Begin to remember, and to work whenever `lead` says so, until *scope* closes."""
+        now = monotonic()
+        for agent, held in self._registry.all().items():
+            self._note(agent, held, now)
+        self._registry.subscribe(self._on_record)
+        self._desired.subscribe(lambda _name: self.wake())
+        self._membership.subscribe(self._on_members)
+        self._on_members()
+        scope.start(self._run(), "reconciler")
+
+    def lead(self, term: int | None) -> None:
+        """Work in this term; None: stop. A pass in flight writes no further chunk."""
+        self._term = term
+        self._is_ready = False
+        self._missing_since.clear()
+        if term is not None:
+            self._urgent.set()
+            self._wake.set()
+
+    def wake(self, *, urgent: bool = False) -> None:
+        """Look at everything soon."""
+        if self._term is not None:
+            if urgent:
+                self._urgent.set()
+            self._wake.set()
+
+    @property
+    def passes(self) -> int:
+        """How many passes were made, for tests and statistics."""
+        return self._passes
+
+    # ---- remembering --------------------------------------------------------------
+
+    def _on_record(self, agent: str, held: Held | None) -> None:
+        now = monotonic()
+        self._note(agent, held, now)
+        if self._term is None:
+            return
+        record = None if held is None else held.record
+        if record is not None and record.status is AgentStatus.STARTING:
+            return  # our own doing
+        if record is not None and record.status is AgentStatus.RUNNING:
+            if self._wake_later is None and not self._wake.is_set():
+                loop = asyncio.get_running_loop()
+                self._wake_later = loop.call_later(_QUIET_S, self._on_quiet)
+            return
+        self.wake()
+
+    def _on_quiet(self) -> None:
+        self._wake_later = None
+        self.wake()
+
+    def _note(self, agent: str, held: Held | None, now: float) -> None:
+        history = self._history
+        if held is None:
+            self._newest = max(self._newest, self._registry.tombstone(agent))
+            self._marks.pop(agent, None)
+            history.since.pop(agent, None)
+            history.homes.pop(agent, None)
+            return
+        record = held.record
+        self._newest = max(self._newest, held.revision)
+        if record.status is AgentStatus.RUNNING and record.desired == "run":
+            self._marks.pop(agent, None)
+            history.since.pop(agent, None)
+            history.homes.pop(agent, None)
+            if record.node is not None:
+                history.progress[record.node] = now
+            return
+        # Only agents that don't run are remembered: they are few.
+        mark = (record.status, record.epoch, record.failures)
+        if self._marks.get(agent) != mark:
+            self._marks[agent] = mark
+            history.since[agent] = now
+        if record.node is not None:
+            history.homes[agent] = record.node
+
+    def _on_members(self) -> None:
+        now = monotonic()
+        for name, view in self._membership.nodes().items():
+            if view.status is NodeStatus.DOWN:
+                self._down_at.setdefault(name, now)
+            else:
+                self._down_at.pop(name, None)
+        self.wake(urgent=True)
+
+    # ---- the loop -------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        wait: float | None = None
+        while True:
+            await self._wait(wait)
+            term = self._term
+            if term is None:
+                wait = None
+                continue
+            began = monotonic()
+            try:
+                wait = await self._pass(term)
+            except FoundationError as error:
+                self._log.warning("pass failed; trying again", error=str(error))
+                wait = _RETRY_S
+            took = monotonic() - began
+            if wait > 0 and not self._urgent.is_set():
+                try:
+                    rest = min(1.0, max(_DEBOUNCE_S, _REST_FACTOR * took))
+                    await asyncio.wait_for(self._urgent.wait(), rest)
+                except TimeoutError:
+                    pass
+
+    async def _wait(self, seconds: float | None) -> None:
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            return
+        if not self._urgent.is_set():
+            await asyncio.sleep(_DEBOUNCE_S)
+        self._wake.clear()
+        self._urgent.clear()
+
+    async def _pass(self, term: int) -> float:
+        """Look, plan, carry out; returns how long to wait if nothing happens."""
+        if not self._is_ready:
+            await self._prepare()
+        now = monotonic()
+        nodes, soonest = self._nodes(now)
+        self._epoch_floor = max(self._epoch_floor, self._newest)
+        found = plan(
+            self._desired.all(),
+            self._registry.all(),
+            nodes,
+            now,
+            self._control,
+            self._membership.node,
+            self._rng,
+            history=self._history,
+            epoch_floor=self._epoch_floor,
+            at=utc_text(),
+        )
+        self._passes += 1
+        wait = self._control.resync_every_s
+        if soonest is not None:
+            wait = min(wait, soonest)
+        if found.commands:
+            failpoint("plan.computed")
+            outcome = await execute(self._registry, found, may_go_on=lambda: self._term == term)
+            if outcome.slowest_s > _STALL_S:
+                self._membership.note_write_stall()
+            self._tell(outcome, monotonic())
+            if not outcome.is_complete:
+                # What was refused or lost shows in the registry once the watch has caught up.
+                wait = min(wait, _RETRY_S)
+        if found.is_truncated:
+            wait = 0.0
+        return self._soonest(wait, found)
+
+    def _soonest(self, wait: float, found: Plan) -> float:
+        return wait if found.next_wake_s is None else min(wait, max(0.01, found.next_wake_s))
+
+    async def _prepare(self) -> None:
+        """What a new leader must know before its first decision.
+
+        The watches of wishes and records are independent: agents of a wish that
+        has not arrived yet would look unwanted.
+        """
+        await self._desired.refresh()
+        info = await self._registry.bucket.reader.info()
+        self._epoch_floor = max(self._epoch_floor, int(info["state"]["last_seq"]))
+        self._is_ready = True
+
+    def _nodes(self, now: float) -> tuple[Mapping[str, NodeView], float | None]:
+        """The nodes, with those as DOWN that records name and nobody hears of; when to look again."""
+        nodes = dict(self._membership.nodes())
+        soonest: float | None = None
+        named = set(self._registry.nodes())
+        for name in [name for name in self._missing_since if name not in named or name in nodes]:
+            del self._missing_since[name]
+        disturbed = self._membership.disturbed_at
+        for name in named:
+            if name in nodes:
+                continue
+            incarnation = max(held.record.incarnation for held in self._registry.on_node(name))
+            since = self._missing_since.setdefault(name, now)
+            if disturbed is not None and disturbed + self._liveness.bus_grace_s > now:
+                since = self._missing_since[name] = max(since, disturbed)
+                due = disturbed + self._liveness.bus_grace_s
+            else:
+                due = since + self._liveness.down_after_s
+            if self._membership.is_down(name, incarnation) or now >= due:
+                self._down_at.setdefault(name, now)
+                nodes[name] = missing_node(name, incarnation)
+            else:
+                soonest = min(due - now, soonest) if soonest is not None else due - now
+        return nodes, soonest
+
+    # ---- telling --------------------------------------------------------------------
+
+    def _tell(self, outcome: Outcome, now: float) -> None:
+        failed_over: dict[str, list[Assign]] = {}
+        moved: list[Assign] = []
+        assigned: list[Assign] = []
+        for command in outcome.applied:
+            if not isinstance(command, Assign):
+                continue
+            origin = command.record.recovered_from
+            if command.cause in _LOST and command.before is not None:
+                failed_over.setdefault(command.before.node or "?", []).append(command)
+            elif command.cause is Cause.WAITED and origin is not None and origin.reason == "moved":
+                moved.append(command)
+            else:
+                assigned.append(command)
+        emit = self._membership.emit
+        for node, commands in failed_over.items():
+            down_at = self._down_at.get(node)
+            took = None if down_at is None else round((now - down_at) * 1000, 1)
+            emit(
+                "agent",
+                "failed_over",
+                f"{_agents(commands)} of {node} placed on {_where(commands)}.",
+                node=node,
+                count=len(commands),
+                ms=took,
+                **_details(commands),
+            )
+            self._log.info("agents failed over", peer=node, count=len(commands), ms=took)
+        for what, commands in (("moved", moved), ("assigned", assigned)):
+            if commands:
+                emit(
+                    "agent",
+                    what,
+                    f"{_agents(commands)} {what} to {_where(commands)}.",
+                    count=len(commands),
+                    **_details(commands),
+                )
+        others = _count_others(outcome.applied)
+        if assigned or moved or others:
+            self._log.info("plan carried out", assigned=len(assigned), moved=len(moved), **others)
+
+
+def _agents(commands: Sequence[Assign]) -> str:
+    return commands[0].agent if len(commands) == 1 else f"{len(commands)} agents"
+
+
+def _per_node(commands: Sequence[Assign]) -> dict[str, int]:
+    return dict(Counter(command.record.node or "?" for command in commands))
+
+
+def _where(commands: Sequence[Assign]) -> str:
+    names = sorted(_per_node(commands))
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _details(commands: Sequence[Assign]) -> dict[str, object]:
+    """What observers may want to know of a batch; long lists are cut."""
+    named = commands[:_AGENTS_NAMED_MAX]
+    return {
+        "to": _per_node(commands),
+        "causes": dict(Counter(command.cause.value for command in commands)),
+        "agents": {command.agent: command.record.node for command in named},
+    }
+
+
+def _count_others(commands: Sequence[Command]) -> dict[str, int]:
+    return dict(
+        Counter(type(command).__name__ for command in commands if not isinstance(command, Assign))
+    )

@@ -1,0 +1,148 @@
+"""Agents for tests: they write down what happened to them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from pydantic import BaseModel
+
+from foundation_nats import Agent, RecoveredFrom, Signal, State, on
+
+
+class Add(BaseModel):
+    amount: int
+
+
+class Counter(Agent):
+    """Counts what it is told about."""
+
+    class State(State):
+        total: int = 0
+
+    @on("counter.add")
+    async def add(self, signal: Signal[Add]) -> int:
+        self.state.total += signal.data.amount
+        return self.state.total
+
+    @on("counter.get")
+    async def get(self, signal: Signal) -> int:
+        return self.state.total
+
+
+class Entry(BaseModel):
+    key: str
+
+
+class Ledger(Agent):
+    """Appends every key it is sent to a list, and tells its mirror because of it.
+
+    A list shows for ever what a counter hides: what came twice, and in which order.
+    """
+
+    class State(State):
+        applied: list[str] = []
+        starts: int = 0
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        self.state.starts += 1
+
+    @on("ledger.append")
+    async def append(self, signal: Signal[Entry]) -> int:
+        self.state.applied.append(signal.data.key)
+        self.emit(
+            "ledger.append", {"key": signal.data.key}, to=self.config["mirror"].format(self.id)
+        )
+        return len(self.state.applied)
+
+    @on("ledger.length")
+    async def length(self, signal: Signal) -> int:
+        return len(self.state.applied)
+
+
+class Mirror(Agent):
+    """Appends what a ledger tells it."""
+
+    class State(State):
+        applied: list[str] = []
+
+    @on("ledger.append")
+    async def append(self, signal: Signal[Entry]) -> None:
+        self.state.applied.append(signal.data.key)
+
+
+class Difficult(Agent):
+    """Does what agents should not do."""
+
+    class State(State):
+        good: int = 0
+        blob: str = ""
+        recovered: str | None = None
+        stopped: str | None = None
+
+    async def on_start(self, recovered: RecoveredFrom | None) -> None:
+        if self.config.get("fail_start"):
+            raise RuntimeError("no start today")
+        self.state.recovered = None if recovered is None else recovered.reason
+
+    async def on_stop(self, reason: str) -> None:
+        self.state.stopped = reason
+
+    @on("good")
+    async def good(self, signal: Signal) -> int:
+        self.state.good += 1
+        return self.state.good
+
+    @on("poison")
+    async def poison(self, signal: Signal) -> None:
+        self.state.good += 1000
+        self.emit("good", to=self.id)
+        raise RuntimeError("poisoned")
+
+    @on("grow")
+    async def grow(self, signal: Signal[int]) -> None:
+        self.state.blob = "x" * signal.data
+
+    @on("exit")
+    async def exit(self, signal: Signal) -> None:
+        os._exit(7)
+
+    @on("block")
+    async def block(self, signal: Signal[float]) -> None:
+        time.sleep(signal.data)
+
+    @on("wait")
+    async def wait(self, signal: Signal[float]) -> None:
+        await asyncio.sleep(signal.data)
+
+    @on("config")
+    async def get_config(self, signal: Signal) -> dict[str, object]:
+        return self.config
+
+    @on("key")
+    async def key(self, signal: Signal) -> list[str]:
+        return [self.ctx.idempotency_key, self.ctx.idempotency_key]
+
+    @on("not_json")
+    async def not_json(self, signal: Signal) -> object:
+        return object()
+
+
+class Forgetful(Agent):
+    """Keeps nothing."""
+
+    durable = False
+    capabilities = ("forgetting",)
+
+    class State(State):
+        seen: int = 0
+
+    @on("hello")
+    async def hello(self, signal: Signal) -> int:
+        self.state.seen += 1
+        return self.state.seen
+
+
+class NoAgent:
+    """Not an agent at all."""
