@@ -34,6 +34,8 @@ T = TypeVar("T")
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_CLUSTER = "default"
 DEFAULT_TIMEOUT_S = 5.0
+CLIENT_NAME = "cli"
+"""One source for all commands: an id counts per source, so `send --id` may be repeated."""
 _CONNECT_TIMEOUT_MAX_S = 5.0
 
 _CONTEXT_UNSUPPORTED = (
@@ -357,6 +359,7 @@ async def connected(shared: Shared) -> AsyncIterator[Cluster]:
         list(endpoint.urls),
         cluster=endpoint.cluster,
         creds=endpoint.creds,
+        name=CLIENT_NAME,
         config=config,
         timeout=limit,
     )

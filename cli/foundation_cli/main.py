@@ -9,9 +9,7 @@ settled in time, 6 plan has differences, 7 permission denied, 130 interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 
@@ -75,10 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return render.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing may be written at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except render.ReaderGoneError:
         return render.OK
     except _ClickError as error:
         return _usage(error, as_json)

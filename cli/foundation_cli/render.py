@@ -9,6 +9,7 @@ the library are imported only when needed.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -60,6 +61,10 @@ _STYLES = {
     "stopped": "dim",
     "hibernated": "dim",
 }
+
+
+class ReaderGoneError(Exception):
+    """Whoever read our output has seen enough, as ``head`` does; no error, exit code 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +147,25 @@ def print_yaml(value: Any) -> None:
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(plain(value), sys.stdout)
-    sys.stdout.flush()
+    text = io.StringIO()
+    yaml.dump(plain(value), text)
+    write(text.getvalue().removesuffix("\n"))
 
 
 def write(text: str) -> None:
-    """A line on stdout."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """A line on stdout, at once.
+
+    Raises:
+        ReaderGoneError: nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must not be tried again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ReaderGoneError from None
 
 
 def talk(text: str) -> None:

@@ -38,6 +38,7 @@ from foundation_cli.runtime import UpFile
 if TYPE_CHECKING:
     import asyncio
 
+    from foundation_nats.api.cluster import Cluster
     from foundation_nats.node.embedded import EmbeddedServer
 
 PREFERRED_PORT = 4222
@@ -290,7 +291,11 @@ class Up:
         async with connected(self._own()) as cluster:
             while True:
                 up = {node.name for node in await cluster.nodes.list() if node.status == "up"}
-                if names <= up and await cluster.leader() is not None:
+                if (
+                    names <= up
+                    and await cluster.leader() is not None
+                    and await self._workers_are_ready(cluster)
+                ):
                     return
                 if asyncio.get_running_loop().time() > deadline:
                     self._state.keep_logs = True
@@ -300,6 +305,22 @@ class Up:
                         hint=f"Logs: {self._state.logs}.",
                     )
                 await asyncio.sleep(0.03)
+
+    async def _workers_are_ready(self, cluster: Cluster) -> bool:
+        """Whether every worker has imported what it must, and answers."""
+        from foundation_nats.bus import rpc
+        from foundation_nats.errors import BusError
+        from foundation_schemas import InspectReply
+
+        for name in self._state.nodes:
+            subject = cluster.subjects.control_node(name, "inspect")
+            try:
+                found = await rpc.call(cluster.bus, subject, None, InspectReply, timeout=1.0)
+            except BusError:
+                return False
+            if not all(f"{name}-w{i}" in found.details for i in range(self._options.workers)):
+                return False
+        return True
 
     async def _watch(self, node: NodeProcess) -> None:
         """Report the end of a node process that nobody asked for.

@@ -92,17 +92,18 @@ class Agents:
         known = await deployments.wishes()
         if id in known and not known[id].standalone:
             raise AlreadyExistsError(f"{id!r} is a deployment already.")
-        await deployments.apply([wish])
+        (change,) = await deployments.apply([wish])
         if wait:
-            await self._wait_running(id, timeout)
+            wanted = change.after or wish
+            await self._wait_running(id, wanted.spec.digest(), timeout)
         return AgentRef(self._cluster, id)
 
-    async def _wait_running(self, id: str, timeout: float) -> None:
+    async def _wait_running(self, id: str, digest: str, timeout: float) -> None:
         deadline = monotonic() + timeout
         status, reason = "pending", "no node has taken it yet"
         while monotonic() < deadline:
             record = await self._record(id)
-            if record is not None:
+            if record is not None and record.digest == digest:
                 if record.status is AgentStatus.RUNNING:
                     return
                 status, reason = record.status, record.reason or reason

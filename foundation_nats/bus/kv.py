@@ -235,7 +235,7 @@ class Watch:
 
     async def _open(self) -> None:
         name = f"watch-{token_hex(8)}"
-        deliver = f"{self._bus.inbox}.w{name}"
+        deliver = f"{self._bus.inbox}.watch.{name}"
         self._consumer = name
         self._last_consumer_seq = 0
         if self._route is not None:

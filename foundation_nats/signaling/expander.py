@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from hashlib import blake2b
+from secrets import token_hex
 
 import orjson
 
@@ -73,8 +74,13 @@ class Expander:
         self._registry = registry
         self._picks = Bucket(bus, subjects, "coordination")
         self._log = get_logger("expander")
-        self._wake = asyncio.Event()
-        bus.on_reconnect(self._wake.set)
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=2 * _BATCH)
+        # A pull request does not survive a reconnect: end it as the server would.
+        bus.on_reconnect(lambda: self._take(Message("", "", b"", b"NATS/1.0 408\r\n\r\n")))
+
+    def _take(self, message: Message) -> None:
+        if not self._inbox.full():
+            self._inbox.put_nowait(message)
 
     async def run(self) -> None:
         """Pull, expand, acknowledge, for ever."""
@@ -87,31 +93,28 @@ class Expander:
 
     async def _pull(self) -> None:
         """One pull request: up to a batch of messages, or nothing within the time."""
-        subject = js_api("CONSUMER.MSG.NEXT", f"{self._subjects.routes_stream}.{EXPANDER}")
-        inbox: asyncio.Queue[Message | BusError] = asyncio.Queue(maxsize=_BATCH + 8)
-
-        def on_reply(reply: Message | BusError) -> None:
-            if not inbox.full():
-                inbox.put_nowait(reply)
-
-        body = {"batch": _BATCH, "expires": int(_PULL_S * 1e9)}
-        token = self._bus.request_nowait(
-            subject, orjson.dumps(body), on_reply, timeout=_PULL_S + 2, many=True
-        )
+        request = js_api("CONSUMER.MSG.NEXT", f"{self._subjects.routes_stream}.{EXPANDER}")
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+        # A pulled message arrives under its own subject, so it needs a
+        # subscription of its own rather than the shared inbox.
+        reply = f"{self._bus.inbox}.pull.{token_hex(8)}"
+        route = self._bus.subscribe(reply, self._take)
         try:
-            for _ in range(_BATCH):
-                reply = await inbox.get()
-                if isinstance(reply, BusTimeoutError):
-                    return
-                if isinstance(reply, BusError):
-                    raise reply
-                if reply.status:
-                    if reply.status not in (404, 408):
-                        await asyncio.sleep(0.2)
-                    return
-                await self._expand(reply)
+            body = {"batch": _BATCH, "expires": int(_PULL_S * 1e9)}
+            self._bus.publish(request, orjson.dumps(body), reply=reply)
+            async with asyncio.timeout(_PULL_S + 2):
+                for _ in range(_BATCH):
+                    message = await self._inbox.get()
+                    if message.status:
+                        if message.status not in (404, 408):
+                            await asyncio.sleep(0.2)
+                        return
+                    await self._expand(message)
+        except TimeoutError:
+            return
         finally:
-            self._bus.forget(token)
+            self._bus.unsubscribe(route)
 
     async def _expand(self, message: Message) -> None:
         # The reply subject is where the acknowledgement goes.

@@ -96,7 +96,7 @@ class DeadLetter(WireModel):
     """A signal that was given up, with the reason."""
 
     agent: str
-    signal: dict[str, Any] | None
+    signal: dict[str, Any] | None = None
     """The envelope; None where the bytes were none (then `raw` has them)."""
     raw: str | None = None
     sequence: int = 0

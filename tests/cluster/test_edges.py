@@ -353,7 +353,8 @@ async def test_a_node_name_is_taken_while_its_node_lives(nodes: TestCluster) -> 
     try:
         assert await second.wait(timeout=20) == 1
         assert "n1" in second.log_tail()
-        assert "alive" in second.log_tail() or "in use" in second.log_tail()
+        assert "is running" in second.log_tail()
+        assert "--name" in second.log_tail()
     finally:
         if second.is_running:
             second.kill_all()

@@ -7,6 +7,7 @@ controller. `kill` ends it as SIGKILL would: no good-bye, no lease given back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from foundation_nats.base.tasks import TaskScope
@@ -87,10 +88,9 @@ class FakeNode:
     def _write(self, held: Held, **changes: Any) -> None:
         async def write() -> None:
             change = Change(held.record.id, held.record.model_copy(update=changes), held.revision)
-            try:
+            # Refused: the record has changed, and the change is looked at in its turn.
+            with contextlib.suppress(FoundationError):
                 await self.registry.write(change)
-            except FoundationError:
-                pass  # the record has changed; the next change is looked at again
 
         self.scope.start(write(), "write")
 
