@@ -137,8 +137,8 @@ class ControlConfig(_Section):
 class WorkerConfig(_Section):
     """Worker processes and their restarts."""
 
-    restarts_max: int = 10
-    restart_window_s: float = 60.0
+    restarts_max: int = 5
+    restart_window_s: float = 30.0
     stop_timeout_s: float = 10.0
     handler_timeout_s: float | None = None
     """A handler that takes longer is cancelled and counts as failed; None: no limit."""

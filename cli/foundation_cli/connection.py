@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -37,6 +38,8 @@ DEFAULT_TIMEOUT_S = 5.0
 CLIENT_NAME = "cli"
 """One source for all commands: an id counts per source, so `send --id` may be repeated."""
 _CONNECT_TIMEOUT_MAX_S = 5.0
+_REFUSED_PATIENCE_S = 1.0
+"""How long a server may refuse connections: about as long as its restart takes."""
 
 _CONTEXT_UNSUPPORTED = (
     "nkey",
@@ -93,6 +96,11 @@ class Endpoint:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+
+    @property
+    def shown(self) -> str:
+        """The servers as people may see them: without credentials."""
+        return ", ".join(re.sub(r"//[^/@]*@", "//", url) for url in self.urls)
 
 
 # ---- options --------------------------------------------------------------------------
@@ -340,6 +348,35 @@ def load_config(endpoint: Endpoint, *, connect_timeout_s: float | None = None) -
     return Config.load(cluster=endpoint.cluster, bus=given)
 
 
+async def _refused(urls: tuple[str, ...], patience_s: float) -> bool:
+    """Whether every server refuses connections, and still does after *patience_s*.
+
+    The library waits its whole time-out for a server that may come back; a
+    person who has forgotten to start one should not.
+    """
+    import asyncio
+    from urllib.parse import urlsplit
+
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience_s
+    while True:
+        for url in urls:
+            try:
+                parts = urlsplit(url)
+                host, port = parts.hostname or "127.0.0.1", parts.port or 4222
+                async with asyncio.timeout(patience_s):
+                    _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+                return False
+            except ConnectionRefusedError:
+                continue
+            except (OSError, ValueError):
+                return False  # something else is wrong: the library says what
+        if loop.time() >= deadline:
+            return True
+        await asyncio.sleep(0.05)
+
+
 @asynccontextmanager
 async def connected(shared: Shared) -> AsyncIterator[Cluster]:
     """The cluster the options name.
@@ -355,6 +392,11 @@ async def connected(shared: Shared) -> AsyncIterator[Cluster]:
     endpoint = resolve(shared)
     limit = min(shared.timeout_s, _CONNECT_TIMEOUT_MAX_S)
     config = load_config(endpoint, connect_timeout_s=limit)
+    if await _refused(endpoint.urls, min(limit, _REFUSED_PATIENCE_S)):
+        raise BusUnavailableError(
+            f"No NATS server answers at {endpoint.shown} (connection refused).",
+            hint="Start one with `foundation up`, or name it with --server or FOUNDATION_SERVER.",
+        )
     cluster = Cluster.connect(
         list(endpoint.urls),
         cluster=endpoint.cluster,
@@ -367,7 +409,7 @@ async def connected(shared: Shared) -> AsyncIterator[Cluster]:
         opened = await cluster
     except BusTimeoutError as error:
         raise BusUnavailableError(
-            f"The NATS server at {', '.join(endpoint.urls)} does not answer: {error.message}",
+            f"The NATS server at {endpoint.shown} does not answer: {error.message}",
             hint="Is JetStream up? `foundation doctor` says more once it answers.",
         ) from error
     try:

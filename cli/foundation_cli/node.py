@@ -35,6 +35,21 @@ def _find_modules_here() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
 
 
+def _check_found(modules: list[str]) -> None:
+    """Refuse a module that is nowhere now, rather than by workers that die of it again and again.
+
+    Nothing is imported: this process runs no agent code.
+    """
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module.partition(".")[0]) is None:
+            raise typer.BadParameter(
+                f"there is no module {module!r} in {os.getcwd()} or on PYTHONPATH.",
+                param_hint="--import",
+            )
+
+
 @with_shared
 def start(
     shared: Shared,
@@ -82,6 +97,7 @@ def start(
 
     config = load_config(resolve(shared))
     _find_modules_here()
+    _check_found(imports or [])
     logs.configure(level=log_level, json=log_json)
     options = NodeOptions(
         name=name,

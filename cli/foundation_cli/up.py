@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -46,7 +47,8 @@ READY_TIMEOUT_S = 30.0
 _STOP_AGAIN_AFTER_S = 0.15
 _STOP_TIMEOUT_S = 5.0
 _RESPAWN_AFTER_S = 1.0
-_LOG_TAIL_LINES = 15
+_LOG_TAIL_LINES = 4
+_RAISED = re.compile(r"(error:|[\w.]*(Error|Exception):) \S")
 _SERVER_LOOK_EVERY_S = 0.5
 
 # Settings of the caller's own connection that must not reach our nodes.
@@ -340,7 +342,7 @@ class Up:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             if not self._state.ready:
                 raise ServerError(
-                    f"{node.name} {how} before it was up: {log_tail(node.log)}",
+                    f"{node.name} {how} before it was up ({log_tail(node.log)}).",
                     hint=f"Its log: {node.log}.",
                 )
             if not self._options.respawn:
@@ -472,12 +474,14 @@ class Up:
 
 
 def log_tail(path: Path) -> str:
-    """The last lines of a log, for an error."""
+    """Why a process ended, as far as its log says: the last error raised, else its last lines."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
     except OSError:
-        return "no log"
-    return " | ".join(line.strip() for line in lines[-_LOG_TAIL_LINES:] if line.strip()) or "no log"
+        return "it wrote no log"
+    lines = [line for line in lines if line]
+    raised = [line for line in lines if _RAISED.match(line)]
+    return " | ".join(raised[-1:] or lines[-_LOG_TAIL_LINES:]) or "it wrote no log"
 
 
 def default_workers(nodes: int) -> int:

@@ -308,7 +308,7 @@ class _Planner:
             return  # our view of the nodes is behind the record
         policy = effective_policy(deployment.spec)
         if policy is OnNodeLoss.STOP:
-            self._mark_stopped(item)
+            self._stopped_by_loss(deployment, digest, item)
         elif view.is_alive:
             if policy is OnNodeLoss.UNAVAILABLE and view.status is not NodeStatus.UP:
                 self._mark_unavailable(item, policy)
@@ -319,6 +319,13 @@ class _Planner:
         else:
             self._mark_unavailable(item, policy)
 
+    def _stopped_by_loss(self, deployment: Deployment, digest: str, item: Held) -> None:
+        if item.record.digest == digest:
+            self._mark_stopped(item)
+        else:
+            # What is stopped is the old wish; the new one has not run yet.
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+
     def _unavailable(self, deployment: Deployment, digest: str, item: Held) -> None:
         record = item.record
         policy = effective_policy(deployment.spec)
@@ -326,7 +333,7 @@ class _Planner:
         if record.node is None or policy is OnNodeLoss.RESTART:
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
         elif policy is OnNodeLoss.STOP:
-            self._mark_stopped(item)
+            self._stopped_by_loss(deployment, digest, item)
         elif view is not None and view.status is NodeStatus.UP:
             self._reopen(deployment, digest, item, Cause.RETURNED)
         elif policy is None:

@@ -54,6 +54,7 @@ from foundation_schemas import (
 
 _DRAIN_TIMEOUT_S = 20.0
 _VALIDATE_TIMEOUT_S = 20.0
+_CPU_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class NodeManager:
         self._validity: Validity | None = None
         self._rejoining = False
         self._draining = False
+        self._cpu = 0.0
 
     # ---- start ------------------------------------------------------------------
 
@@ -263,9 +265,11 @@ class NodeManager:
 
     def _load(self) -> Load:
         own = self._host.load() if self._host is not None else Load()
+        # Smoothed over some ten heartbeats: placement should see load, not noise.
+        self._cpu += _CPU_SMOOTHING * (psutil.cpu_percent(None) / 100 - self._cpu)
         return own.model_copy(
             update={
-                "cpu": round(psutil.cpu_percent(None) / 100, 3),
+                "cpu": round(self._cpu, 3),
                 "memory": round(psutil.virtual_memory().percent / 100, 3),
             }
         )

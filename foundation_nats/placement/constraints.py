@@ -19,7 +19,11 @@ from foundation_schemas import AgentSpec, NodeStatus
 
 SLOTS = "slots"
 OVERLOADED = 0.95
-"""A node whose cpu or memory is used to this share comes last, whatever the strategy."""
+"""A node whose memory is used to this share comes last, whatever the strategy.
+
+The processor's share only ranks (`strategies.base_pressure`): it swings between two
+heartbeats, and a threshold on it would send a whole deployment to one node.
+"""
 
 _ROUNDING = 1e-9
 
@@ -53,7 +57,7 @@ def needs(spec: AgentSpec) -> dict[str, float]:
 
 def is_overloaded(node: NodeView) -> bool:
     """Whether the node should get nothing while another one qualifies."""
-    return node.load.cpu >= OVERLOADED or node.load.memory >= OVERLOADED
+    return node.load.memory >= OVERLOADED
 
 
 def unfit(spec: AgentSpec, node: NodeView) -> str | None:

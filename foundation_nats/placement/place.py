@@ -5,7 +5,7 @@ that a burst spreads evenly and a node's declared capacity is never exceeded,
 and cost O(log nodes) each: agents with equal demands share one heap.
 
 There is no fallback to a node that doesn't qualify. Two soft rules only order
-the qualified: overloaded nodes (cpu or memory at 95 % or more) come last, and
+the qualified: overloaded nodes (memory at 95 % or more) come last, and
 ``placement.spread`` puts label values with fewer replicas first.
 """
 

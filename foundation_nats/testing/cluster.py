@@ -142,7 +142,8 @@ class TestCluster:
             for number in range(1, self._count + 1):
                 self.start_node(f"n{number}")
             self.client = await Cluster.connect(config=self.config, name="test")
-            await self.wait_up(list(self.nodes))
+            if self.nodes:
+                await self.wait_up(list(self.nodes))
         except BaseException:
             await self._close()
             raise

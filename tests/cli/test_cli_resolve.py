@@ -131,6 +131,12 @@ def test_the_runtime_file_is_private_and_only_its_owner_removes_it() -> None:
     assert list(runtime.runtime_dir().iterdir()) == []
 
 
+def test_a_password_in_a_url_is_not_shown() -> None:
+    """Errors name the servers, never what opens them."""
+    found = resolve(Shared(server="nats://me:secret@host:4222,nats://token@other"))
+    assert found.shown == "nats://host:4222, nats://other"
+
+
 def test_missing_credentials_are_said_before_connecting(tmp_path: Path) -> None:
     """A wrong --creds is a usage error, not a refused connection."""
     with pytest.raises(ConfigError, match="does not exist"):

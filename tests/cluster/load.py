@@ -30,7 +30,7 @@ class History:
 class Load:
     """Senders, one per ledger, that send one signal after the other until told to stop."""
 
-    def __init__(self, cluster: Cluster, *, pause_s: float = 0.002) -> None:
+    def __init__(self, cluster: Cluster, *, pause_s: float = 0.02) -> None:
         self._cluster = cluster
         self._pause_s = pause_s
         self._stopping = False
@@ -95,7 +95,7 @@ agents:
     critical: true
 """
     await nodes.client.deployments.apply(text)
-    await nodes.client.deployments.wait_settled(["ledger", "mirror-ledger"], timeout=30)
+    await nodes.client.deployments.wait_settled(["ledger", "mirror-ledger"], timeout=60)
 
 
 async def verdict(nodes: TestCluster, history: History, *, minimum: int = 100) -> None:

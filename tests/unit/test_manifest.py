@@ -1,0 +1,178 @@
+"""Manifests: what is read, what is refused with line and remedy, and that export reads back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foundation_nats.control.manifest import export, load, parse
+from foundation_nats.errors import ManifestError
+from foundation_nats.placement.strategies import STRATEGIES
+from foundation_schemas import AgentSpec, Deployment, OnNodeLoss, PlacementPolicy
+
+GOOD = """\
+version: 1
+agents:
+  - name: a
+    run: m.n:C
+    replicas: 3
+    critical: true
+    capabilities: [x, y]
+    resources: {cpu: 0.5, gpu: 1}
+    placement:
+      strategy: spread
+      require: [gpu]
+      spread: zone
+      labels: {zone: a}
+    on_node_loss: unavailable
+    config: {x: [1, 2.5, null, true, "no"], 'y': {z: no}}
+    restart: transient
+  - {name: b, run: 'm:C'}
+"""
+
+
+def test_a_full_manifest_is_read() -> None:
+    """Every key of the contract."""
+    first, second = parse(GOOD)
+    assert first == Deployment(
+        name="a",
+        replicas=3,
+        spec=AgentSpec(
+            run="m.n:C",
+            critical=True,
+            capabilities=["x", "y"],
+            resources={"cpu": 0.5, "gpu": 1.0},
+            placement=PlacementPolicy(
+                strategy="spread", require=["gpu"], spread="zone", labels={"zone": "a"}
+            ),
+            on_node_loss=OnNodeLoss.UNAVAILABLE,
+            config={"x": [1, 2.5, None, True, "no"], "y": {"z": "no"}},
+            restart="transient",
+        ),
+    )
+    assert second == Deployment(name="b", spec=AgentSpec(run="m:C"))
+
+
+def replaced(old: str, new: str) -> str:
+    """The good manifest with one thing wrong."""
+    assert old in GOOD
+    return GOOD.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "parts"),
+    [
+        ("", 1, ["is empty", "version: 1"]),
+        ("- a", 1, ["a list"]),
+        ("agents: []", 1, ["'version' is missing"]),
+        ("version: 2\nagents: []", 1, ["version is 2", "version: 1"]),
+        ("version: 1\nagent: []", 2, ["unknown key 'agent'", "'agents'"]),
+        ("version: 1\nagents: {a: b}", 2, ["not a list"]),
+        ("version: 1\nagents:\n  - a\n", 3, ["the text 'a'"]),
+        (replaced("replicas", "replcas"), 5, ["'replcas'", "agent 'a'", "'replicas'"]),
+        (replaced("strategy: spread", "stratgy: spread"), 10, ["'stratgy'", "'strategy'"]),
+        (replaced("critical", "zzz"), 6, ["'zzz'", "Valid keys"]),
+        (replaced("critical: true", "critical: yes"), 6, ["'yes'", "true or false"]),
+        (replaced("m.n:C", "m.n"), 4, ["module:Class"]),
+        (replaced("    run: m.n:C\n", ""), 3, ["has no 'run'"]),
+        (replaced("name: b", "name: a"), 17, ["'a' is taken", "line 3"]),
+        (replaced("name: b", "name: a-2"), 17, ["'a-2'", "replica of 'a'"]),
+        (replaced("name: b", "name: a.b"), 17, ["not a valid name"]),
+        (replaced("critical: true", "critical: true\n    critical: no"), 7, ["given twice"]),
+        (replaced("[x, y]", "[x, 1]"), 7, ["the number 1", "quotes"]),
+        (replaced("[x, y]", "[x, y.z]"), 7, ["'y.z'"]),
+        (replaced("[x, y]", "x"), 7, ["a list"]),
+        (replaced("gpu: 1", "gpu: lots"), 8, ["'gpu'", "not a number"]),
+        (replaced("gpu: 1", "gpu: -1"), 8, ["0 or more"]),
+        (replaced("strategy: spread", "strategy: sprad"), 10, ["'sprad'", "'spread'"]),
+        (replaced("zone: a", "zone: 1"), 13, ["the number 1"]),
+        (replaced("unavailable", "never"), 14, ["restart, unavailable, stop"]),
+        (replaced("2.5", "2024-01-01"), 15, ["config.x.1", "JSON"]),
+        (replaced("'y':", "1:"), 15, ["the number 1"]),
+        (replaced("transient", "often"), 16, ["'often'"]),
+        (replaced("replicas: 3", "replicas: -1"), 5, ["between 0 and"]),
+        (replaced("replicas: 3", "replicas: '3'"), 5, ["whole number"]),
+        (replaced("replicas: 3", "replicas: true"), 5, ["whole number"]),
+        (GOOD + " \tx: [", 18, ["not valid YAML"]),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line_and_a_remedy(
+    text: str, line: int, parts: list[str]
+) -> None:
+    """The message is for the person who wrote the manifest."""
+    with pytest.raises(ManifestError) as caught:
+        parse(text, source="agents.yaml")
+    assert caught.value.details["line"] == line
+    shown = str(caught.value)
+    assert shown.startswith(f"agents.yaml, line {line}:")
+    for part in parts:
+        assert part in shown
+
+
+def test_a_replica_count_that_does_not_reach_the_name_is_no_collision() -> None:
+    """`a-3` is free beside three replicas of `a`."""
+    assert len(parse(replaced("name: b", "name: a-3"))) == 2
+
+
+def test_aliases_can_not_blow_up() -> None:
+    """A manifest of ten lines does not expand to a billion items."""
+    lines = ["version: 1", "agents:", "  - name: a", "    run: m:C", "    config:"]
+    lines.append("      x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]")
+    lines += [f"      x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(ManifestError, match="too much"):
+        parse("\n".join(lines))
+
+
+def test_a_file_that_is_not_there_is_a_manifest_error(tmp_path: Path) -> None:
+    """So that the CLI has one thing to catch."""
+    with pytest.raises(ManifestError, match="no file"):
+        load(tmp_path / "x.yaml")
+    (tmp_path / "y.yaml").write_text(GOOD)
+    assert len(load(tmp_path / "y.yaml")) == 2
+
+
+names = st.from_regex(r"[A-Za-z0-9_-]{1,20}", fullmatch=True)
+texts = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12)
+json_values: Any = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> Deployment:
+    """Any wish a manifest can say."""
+    amount = st.sampled_from([0.0, 0.25, 1.0, 8.0, 1024.0])
+    return Deployment(
+        name=draw(names),
+        replicas=draw(st.none() | st.integers(0, 1000)),
+        spec=AgentSpec(
+            run=draw(st.sampled_from(["m:C", "a.b.c:D.E"])),
+            critical=draw(st.booleans()),
+            durable=draw(st.booleans()),
+            capabilities=draw(st.lists(names, max_size=3)),
+            resources=draw(st.dictionaries(names, amount, max_size=2)),
+            placement=PlacementPolicy(
+                strategy=draw(st.sampled_from(STRATEGIES)),
+                require=draw(st.lists(names, max_size=2)),
+                prefer=draw(st.lists(names, max_size=2)),
+                spread=draw(st.none() | names),
+                labels=draw(st.dictionaries(names, texts, max_size=2)),
+            ),
+            on_node_loss=draw(st.none() | st.sampled_from(list(OnNodeLoss))),
+            config=draw(st.dictionaries(texts, json_values, max_size=3)),
+            restart=draw(st.sampled_from(["permanent", "transient", "temporary"])),
+        ),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(deployments())
+def test_what_is_exported_reads_back(deployment: Deployment) -> None:
+    """Every wish survives the way through YAML."""
+    assert parse(export([deployment])) == [deployment]
