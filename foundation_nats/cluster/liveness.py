@@ -16,152 +16,69 @@ more likely that the observer is the sick one.
 
 Obligations of the caller: feed `step` with every heartbeat and probe result,
 and call it no later than `deadline`; answer each `Confirm`; say `Forgot` when a
-node's record is gone, which is what bounds the memory here.
+node's record is gone, which is what bounds the memory here. Of a forgotten node
+nothing is known, not even which of its lives are over: the caller must keep a
+ghost's heartbeats away from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from types import MappingProxyType
 from typing import assert_never
+
+from foundation_nats.cluster.verdict import (
+    BusDisturbed,
+    Confirm,
+    Confirmed,
+    Effect,
+    Event,
+    ForceFailover,
+    Forgot,
+    Heard,
+    Left,
+    OwnLag,
+    ProbeAnswered,
+    ProbeMissed,
+    StormBegan,
+    StormEnded,
+    Tick,
+    Verdict,
+    VerdictChanged,
+)
+
+__all__ = [
+    "BusDisturbed",
+    "Confirm",
+    "Confirmed",
+    "Effect",
+    "Event",
+    "ForceFailover",
+    "Forgot",
+    "Heard",
+    "Left",
+    "LivenessDetector",
+    "LivenessStatistics",
+    "OwnLag",
+    "ProbeAnswered",
+    "ProbeMissed",
+    "StormBegan",
+    "StormEnded",
+    "Tick",
+    "Verdict",
+    "VerdictChanged",
+]
 
 PROBES_NEEDED = 3
 PROBE_SPAN_S = 0.4
 CONFIRM_TIMEOUT_S = 1.0
 CONFIRM_AGAIN_S = 1.0
-STORM_WINDOW_S = 10.0
 LAG_BUDGET_S = 0.5
 PATIENCE_MAX = 8.0
 
-
-class Verdict(StrEnum):
-    """What is believed of one incarnation of a node."""
-
-    UP = "up"
-    SUSPECT = "suspect"
-    DOWN = "down"
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A heartbeat (or the first sight of a record) of this incarnation."""
-
-    node: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """The node said good-bye."""
-
-    node: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forgot:
-    """The node's record is gone: nothing more will be asked about it."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """The answer to `Confirm`; *reachable* None: there was nobody to ask."""
-
-    node: str
-    incarnation: int
-    reachable: bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeMissed:
-    """Nobody listens: neither the manager nor any worker."""
-
-    node: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeAnswered:
-    """Somebody listens; no proof that the node is well."""
-
-    node: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class BusDisturbed:
-    """Our connection dropped or came back, a write stalled, or a stream changed its leader."""
-
-
-@dataclass(frozen=True, slots=True)
-class OwnLag:
-    """How late our own event loop is: a sick observer is patient with others."""
-
-    lag_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ForceFailover:
-    """A person says that the mass failure is real."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = (
-    Heard
-    | Left
-    | Forgot
-    | Confirmed
-    | ProbeMissed
-    | ProbeAnswered
-    | BusDisturbed
-    | OwnLag
-    | ForceFailover
-    | Tick
-)
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictChanged:
-    """The belief about a node has changed; *old* None: it was unknown."""
-
-    node: str
-    incarnation: int
-    old: Verdict | None
-    new: Verdict
-    cause: str
-    """``heard``, ``silence``, ``no_responders`` or ``left``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Confirm:
-    """Ask another node whether it can reach this one."""
-
-    node: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class StormBegan:
-    """Many nodes seem dead at once; no verdicts until *until* (or `ForceFailover`)."""
-
-    nodes: tuple[str, ...]
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class StormEnded:
-    """Verdicts are given again."""
-
-
-Effect = VerdictChanged | Confirm | StormBegan | StormEnded
+_NEVER = float("-inf")
+_EPSILON = 1e-6
 
 
 @dataclass(slots=True)
@@ -169,14 +86,20 @@ class _Peer:
     incarnation: int
     heard_at: float
     verdict: Verdict
-    down_at: float | None = None
-    """When it was declared down, other than by leaving."""
     misses: int = 0
     first_miss_at: float = 0.0
     confirm_sent_at: float | None = None
-    confirm_next_at: float | None = None
+    confirm_next_at: float = _NEVER
     condemned: str | None = None
     """The cause for which it would be down, were it not for the storm."""
+
+    def absolve(self, now: float) -> None:
+        """Start all over with this life: whatever spoke for its death is void."""
+        self.heard_at = now
+        self.misses = 0
+        self.confirm_sent_at = None
+        self.confirm_next_at = _NEVER
+        self.condemned = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +126,11 @@ class LivenessDetector:
     bus_grace_s: float = 12.0
     storm_fraction: float = 0.4
     storm_hold_s: float = 30.0
+    storm_window_s: float = 10.0
     _peers: dict[str, _Peer] = field(default_factory=dict)
-    _grace_until: float = float("-inf")
+    _fallen: dict[str, float] = field(default_factory=dict)
+    """When each node was last declared down, other than by leaving; kept for `storm_window_s`."""
+    _grace_until: float = _NEVER
     _storm_until: float | None = None
     _patience: float = 1.0
 
@@ -238,28 +164,27 @@ class LivenessDetector:
             suspect=verdicts.count(Verdict.SUSPECT),
             down=verdicts.count(Verdict.DOWN),
             storm_until=self._storm_until,
-            grace_until=None if self._grace_until == float("-inf") else self._grace_until,
+            grace_until=None if self._grace_until == _NEVER else self._grace_until,
         )
 
     def deadline(self) -> float | None:
-        """When `step` must be called next, if nothing happens before."""
-        times = [self._next(peer) for peer in self._peers.values()]
+        """When `step` must be called next, if nothing happens before; later than the last step."""
+        times = [self._due(peer) for peer in self._peers.values()]
         known = [time for time in times if time is not None]
         if self._storm_until is not None:
             known.append(self._storm_until)
         return min(known) if known else None
 
-    def _next(self, peer: _Peer) -> float | None:
+    def _due(self, peer: _Peer) -> float | None:
+        """When silence has its next consequence for *peer*."""
         if peer.verdict is Verdict.DOWN or peer.condemned is not None:
             return None
-        if peer.confirm_sent_at is not None:
-            return peer.confirm_sent_at + CONFIRM_TIMEOUT_S
         if peer.verdict is Verdict.UP:
             return peer.heard_at + self.suspect_after_s * self._patience
-        due = peer.heard_at + self.down_after_s * self._patience
-        if peer.confirm_next_at is not None:
-            due = max(due, peer.confirm_next_at)
-        return max(due, self._grace_until)
+        due = max(peer.heard_at + self.down_after_s * self._patience, self._grace_until)
+        if peer.confirm_sent_at is not None:
+            return max(due, peer.confirm_sent_at + CONFIRM_TIMEOUT_S)
+        return max(due, peer.confirm_next_at)
 
     # ---- stepping ---------------------------------------------------------------
 
@@ -270,7 +195,7 @@ class LivenessDetector:
             case Heard(node, incarnation):
                 effects.extend(self._heard(node, incarnation, now))
             case Left(node, incarnation):
-                effects.extend(self._left(node, incarnation))
+                effects.extend(self._left(node, incarnation, now))
             case Forgot(node):
                 self._peers.pop(node, None)
             case Confirmed(node, incarnation, reachable):
@@ -278,11 +203,11 @@ class LivenessDetector:
             case ProbeMissed(node, incarnation):
                 effects.extend(self._missed(node, incarnation, now))
             case ProbeAnswered(node, incarnation):
-                peer = self._live(node, incarnation)
-                if peer is not None:
-                    peer.misses = 0
+                self._answered(node, incarnation)
             case BusDisturbed():
-                self._disturbed(now)
+                self._grace_until = max(self._grace_until, now + self.bus_grace_s)
+                for peer in self._peers.values():
+                    peer.absolve(now)
             case OwnLag(lag_s):
                 self._patience = min(PATIENCE_MAX, 1.0 + max(0.0, lag_s) / LAG_BUDGET_S)
             case ForceFailover():
@@ -306,29 +231,25 @@ class LivenessDetector:
         peer = self._peers.get(node)
         if peer is None or incarnation > peer.incarnation:
             self._peers[node] = _Peer(incarnation, now, Verdict.UP)
+            # It is back: it doesn't seem dead together with whoever fails next.
+            self._fallen.pop(node, None)
             yield VerdictChanged(node, incarnation, None, Verdict.UP, "heard")
         elif incarnation == peer.incarnation and peer.verdict is not Verdict.DOWN:
-            peer.heard_at = now
-            peer.misses = 0
-            peer.confirm_sent_at = peer.confirm_next_at = None
-            peer.condemned = None
-            yield from self._turn(node, peer, Verdict.UP, "heard", now)
+            peer.absolve(now)
+            yield from self._turn(node, peer, Verdict.UP, "heard")
         # Otherwise a ghost is speaking: an older incarnation, or one already
         # declared down. Its agents may be running elsewhere by now.
 
-    def _left(self, node: str, incarnation: int) -> Iterator[Effect]:
-        peer = self._live(node, incarnation)
-        if peer is not None:
+    def _left(self, node: str, incarnation: int, now: float) -> Iterator[Effect]:
+        peer = self._peers.get(node)
+        if peer is not None and incarnation > peer.incarnation:
+            # A life that was over before anybody was heard to begin it.
+            self._peers[node] = _Peer(incarnation, now, Verdict.DOWN)
+            yield VerdictChanged(node, incarnation, None, Verdict.DOWN, "left")
+        elif (peer := self._live(node, incarnation)) is not None:
+            peer.absolve(now)
             old, peer.verdict = peer.verdict, Verdict.DOWN
             yield VerdictChanged(node, incarnation, old, Verdict.DOWN, "left")
-
-    def _disturbed(self, now: float) -> None:
-        self._grace_until = max(self._grace_until, now + self.bus_grace_s)
-        for peer in self._peers.values():
-            peer.heard_at = now
-            peer.misses = 0
-            peer.confirm_sent_at = peer.confirm_next_at = None
-            peer.condemned = None
 
     def _missed(self, node: str, incarnation: int, now: float) -> Iterator[Effect]:
         peer = self._live(node, incarnation)
@@ -337,8 +258,15 @@ class LivenessDetector:
         if peer.misses == 0:
             peer.first_miss_at = now
         peer.misses += 1
-        if peer.misses >= PROBES_NEEDED and now - peer.first_miss_at >= PROBE_SPAN_S - 1e-6:
-            yield from self._condemn(node, peer, "no_responders", now)
+        if peer.misses >= PROBES_NEEDED and now - peer.first_miss_at >= PROBE_SPAN_S - _EPSILON:
+            yield from self._condemn({node: "no_responders"}, now)
+
+    def _answered(self, node: str, incarnation: int) -> None:
+        peer = self._live(node, incarnation)
+        if peer is not None:
+            peer.misses = 0
+            if peer.condemned == "no_responders":
+                peer.condemned = None
 
     def _confirmed(
         self, node: str, incarnation: int, reachable: bool | None, now: float
@@ -350,31 +278,32 @@ class LivenessDetector:
         if reachable:
             peer.confirm_next_at = now + CONFIRM_AGAIN_S
         else:
-            yield from self._condemn(node, peer, "silence", now)
+            yield from self._condemn({node: "silence"}, now)
 
-    def _condemn(self, node: str, peer: _Peer, cause: str, now: float) -> Iterator[Effect]:
-        """Declare a node down, unless that would be one of too many."""
-        if now < self._grace_until or peer.condemned is not None:
+    # ---- verdicts ---------------------------------------------------------------
+
+    def _condemn(self, causes: Mapping[str, str], now: float) -> Iterator[Effect]:
+        """Declare nodes down, unless that would make too many at once."""
+        dying = {n: cause for n, cause in causes.items() if self._peers[n].condemned is None}
+        if not dying:
             return
-        recent = [
-            other
-            for other in self._peers.values()
-            if other.down_at is not None and now - other.down_at <= STORM_WINDOW_S
-        ]
-        alive = [other for other in self._peers.values() if other.verdict is not Verdict.DOWN]
-        dying = len(recent) + 1
-        known = len(recent) + len(alive)
-        if self._storm_until is None and dying >= 2 and dying >= self.storm_fraction * known:
+        if self._storm_until is None and self._is_storm(dying, now):
             self._storm_until = now + self.storm_hold_s
-            peer.condemned = cause
-            yield StormBegan(self._condemned(), self._storm_until)
-        elif self._storm_until is not None:
-            peer.condemned = cause
-        else:
-            yield from self._turn(node, peer, Verdict.DOWN, cause, now)
+            yield StormBegan(tuple(dying), self._storm_until)
+        for node, cause in dying.items():
+            peer = self._peers[node]
+            if self._storm_until is None:
+                yield from self._declare_down(node, peer, cause, now)
+            else:
+                peer.condemned = cause
+                yield from self._turn(node, peer, Verdict.SUSPECT, cause)
 
-    def _condemned(self) -> tuple[str, ...]:
-        return tuple(node for node, peer in self._peers.items() if peer.condemned is not None)
+    def _is_storm(self, dying: Mapping[str, str], now: float) -> bool:
+        self._fallen = {n: t for n, t in self._fallen.items() if now - t <= self.storm_window_s}
+        alive = {node for node, peer in self._peers.items() if peer.verdict is not Verdict.DOWN}
+        doomed = self._fallen.keys() | dying.keys()
+        known = alive | self._fallen.keys()
+        return len(doomed) >= max(2.0, self.storm_fraction * len(known) - _EPSILON)
 
     def _end_storm(self, now: float) -> Iterator[Effect]:
         if self._storm_until is None or now < self._storm_until:
@@ -383,38 +312,34 @@ class LivenessDetector:
         yield StormEnded()
         for node, peer in self._peers.items():
             if peer.condemned is not None:
-                cause, peer.condemned = peer.condemned, None
-                yield from self._turn(node, peer, Verdict.DOWN, cause, now)
+                yield from self._declare_down(node, peer, peer.condemned, now)
 
-    def _turn(
-        self, node: str, peer: _Peer, new: Verdict, cause: str, now: float
-    ) -> Iterator[Effect]:
-        if new is peer.verdict:
-            return
-        if new is Verdict.DOWN:
-            if peer.verdict is Verdict.UP:
-                # Nobody skips SUSPECT.
-                yield from self._turn(node, peer, Verdict.SUSPECT, cause, now)
-            peer.down_at = now
-        old, peer.verdict = peer.verdict, new
-        yield VerdictChanged(node, peer.incarnation, old, new, cause)
+    def _declare_down(self, node: str, peer: _Peer, cause: str, now: float) -> Iterator[Effect]:
+        peer.condemned = None
+        self._fallen[node] = now
+        if peer.verdict is Verdict.UP:
+            yield from self._turn(node, peer, Verdict.SUSPECT, cause)  # nobody skips SUSPECT
+        yield from self._turn(node, peer, Verdict.DOWN, cause)
+
+    def _turn(self, node: str, peer: _Peer, new: Verdict, cause: str) -> Iterator[Effect]:
+        if new is not peer.verdict:
+            old, peer.verdict = peer.verdict, new
+            yield VerdictChanged(node, peer.incarnation, old, new, cause)
 
     def _expire(self, now: float) -> Iterator[Effect]:
+        unconfirmed: dict[str, str] = {}
         for node, peer in self._peers.items():
-            if peer.verdict is Verdict.DOWN or peer.condemned is not None:
-                continue
-            silent_s = now - peer.heard_at
-            if peer.verdict is Verdict.UP and silent_s >= self.suspect_after_s * self._patience:
-                yield from self._turn(node, peer, Verdict.SUSPECT, "silence", now)
-            if (
-                silent_s < self.down_after_s * self._patience
-                or now < self._grace_until
-                or (peer.confirm_next_at is not None and now < peer.confirm_next_at)
-            ):
+            due = self._due(peer)
+            if due is not None and due <= now and peer.verdict is Verdict.UP:
+                yield from self._turn(node, peer, Verdict.SUSPECT, "silence")
+                due = self._due(peer)
+            if due is None or now < due:
                 continue
             if peer.confirm_sent_at is None:
                 peer.confirm_sent_at = now
                 yield Confirm(node, peer.incarnation)
-            elif now - peer.confirm_sent_at >= CONFIRM_TIMEOUT_S:
+            else:
                 peer.confirm_sent_at = None
-                yield from self._condemn(node, peer, "silence", now)
+                unconfirmed[node] = "silence"
+        # All at once, so that the brake sees those that fall in the same step together.
+        yield from self._condemn(unconfirmed, now)
