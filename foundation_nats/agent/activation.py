@@ -352,9 +352,8 @@ class Activation:
     async def _handle_stored(self, item: _Stored) -> None:
         if item.sequence <= self.cursor:
             return
-        if self.cautious:
-            if not await self._mark_attempt(item):
-                return
+        if self.cautious and not await self._mark_attempt(item):
+            return
         try:
             body = orjson.loads(item.data)
             signal_type, signal_id, source = body["type"], body["id"], body["source"]

@@ -18,7 +18,6 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import PydanticUserError, TypeAdapter
@@ -265,14 +264,16 @@ def _freeze(data: Any) -> Any:
     return orjson.Fragment(to_json(data))
 
 
-@cache
 def handlings(cls: type[Agent]) -> dict[str, Handling]:
     """The handlers of *cls* and its bases by signal type.
 
     Raises:
         ConfigError: a handler's payload type can't be resolved; names it.
     """
-    found: dict[str, Handling] = {}
+    found: dict[str, Handling] | None = cls.__dict__.get("_foundation_handlings")
+    if found is not None:
+        return found
+    found = {}
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
             for type_ in getattr(member, "__foundation_on__", ()):
@@ -283,6 +284,7 @@ def handlings(cls: type[Agent]) -> dict[str, Handling]:
                     inspect.iscoroutinefunction(function),
                     _adapter(cls, name, member),
                 )
+    cls._foundation_handlings = found  # type: ignore[attr-defined]
     return found
 
 

@@ -15,6 +15,7 @@ with what was taken in. An idle cluster pays one request per sweep.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Sequence
 from secrets import token_hex
@@ -417,10 +418,8 @@ class Runtime:
 
     async def _sweep_loop(self, every_s: float) -> None:
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._sweep_now.wait(), every_s * random.uniform(0.8, 1.2))
-            except TimeoutError:
-                pass
             self._sweep_now.clear()
             if not self._activations:
                 continue

@@ -13,7 +13,6 @@ from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.registry import Held
 from foundation_nats.cluster.view import NodeView
-from foundation_nats.control import manifest
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.diff import DeploymentChange, Preview, preview
 from foundation_nats.control.status import deployment_status
@@ -58,11 +57,12 @@ class Deployments:
         Raises:
             ManifestError: the manifest is wrong; says what and where.
         """
-        if isinstance(wished, Path):
-            return manifest.load(wished)
-        if isinstance(wished, str):
-            return manifest.parse(wished)
-        return list(wished)
+        if not isinstance(wished, Path | str):
+            return list(wished)
+        # The YAML parser is needed for this alone.
+        from foundation_nats.control import manifest
+
+        return manifest.load(wished) if isinstance(wished, Path) else manifest.parse(wished)
 
     async def wishes(self) -> dict[str, Deployment]:
         """What is wished for now, by name."""

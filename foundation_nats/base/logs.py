@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
+import structlog.processors
+import structlog.typing
 
 
 @dataclass(slots=True)
@@ -37,18 +39,26 @@ def configure(*, level: str = "info", json: bool = False) -> None:
     _settings.json = json
 
 
+def _line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+    """``time level component: text key=value …``, and a traceback on lines of its own.
+
+    structlog's own console renderer would import rich into every worker.
+    """
+    head = f"{event.pop('timestamp')} {event.pop('level'):<8}{event.pop('component', '')}:"
+    text, trace = event.pop("event"), event.pop("exception", None)
+    fields = "".join(f" {key}={value}" for key, value in event.items())
+    return f"{head} {text}{fields}" + (f"\n{trace}" if trace else "")
+
+
 def get_logger(component: str) -> structlog.typing.FilteringBoundLogger:
     """The logger of one component."""
-    if _settings.json:
-        renderer: Any = structlog.processors.JSONRenderer()
-    else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderer: Any = structlog.processors.JSONRenderer() if _settings.json else _line
     logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([structlog.processors.format_exc_info] if _settings.json else []),
+            structlog.processors.format_exc_info,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_settings.level),

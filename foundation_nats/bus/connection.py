@@ -116,7 +116,7 @@ class Bus:
         return bus
 
     def _connect_error(self, error: BaseException) -> BusError:
-        servers = ", ".join(self._config.servers)
+        servers = ", ".join(_without_password(url) for url in self._config.servers)
         last = self._client.last_error or error
         text = str(last) or type(last).__name__
         if isinstance(last, nats_errors.AuthorizationError) or "authorization" in text.lower():
@@ -514,6 +514,11 @@ class Bus:
                 await self.flush()
             await self._reconnected_cb()
             return
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, float]:

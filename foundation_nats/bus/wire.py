@@ -1,8 +1,9 @@
 """The nats-py client as we drive it: many subjects behind light routes, and pipelined publishing.
 
 nats-py gives every subscription a task and a queue (4.7 KB), parses every line
-with a row of regular expressions, and the headers of every message. Here a subscription is a `Route` of a few slots whose handler
-runs inside the read loop, and headers stay bytes until somebody asks.
+with a row of regular expressions, and the headers of every message. Here a
+subscription is a `Route` of a few slots whose handler runs inside the read
+loop, and headers stay bytes until somebody asks.
 
 Facts relied upon, verified against nats-py 2.16.0 and nats-server 2.15.1:
 

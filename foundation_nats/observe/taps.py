@@ -62,6 +62,10 @@ def _matches(pattern: str, text: str) -> bool:
     return len(wanted) == len(tokens)
 
 
+def _mark(item: TapItem) -> int:
+    return hash((item.subject, orjson.dumps(item.body)))
+
+
 class Tap:
     """An open tap; iterate it, and close it by leaving its ``async with``."""
 
@@ -88,7 +92,10 @@ class Tap:
         self._items: deque[TapItem] = deque(maxlen=QUEUE_MAX)
         self._some = asyncio.Event()
         self._routes: list[Route] = []
-        self._replayed: dict[str, int] = {}
+        self._replayed_to = 0
+        """The last signal that the replay has shown."""
+        self._replayed: set[int] = set()
+        """Hashes of the events and dead letters that the replay has shown."""
         self.dropped = 0
 
     async def __aenter__(self) -> Self:
@@ -114,10 +121,20 @@ class Tap:
         while True:
             while self._items:
                 item = self._items.popleft()
-                if item.sequence > self._replayed.get(item.kind, 0):
+                if not self._was_replayed(item):
                     yield item
             self._some.clear()
             await self._some.wait()
+
+    def _was_replayed(self, item: TapItem) -> bool:
+        if item.kind == "signal":
+            return 0 < item.sequence <= self._replayed_to
+        # A live event carries no sequence, so an overlap is told by its content.
+        mark = _mark(item)
+        if mark in self._replayed:
+            self._replayed.discard(mark)
+            return True
+        return False
 
     # ---- live -------------------------------------------------------------------
 
@@ -130,9 +147,7 @@ class Tap:
         subject = message.subject
         if kind == "signal" and tokens[2] == "agent":
             subject = self._subjects.mailbox(tokens[3])
-        # Events and dead letters carry no sequence live; a replay shows them by
-        # stream order and the live ones follow, so an overlap is told by content.
-        item = self._item(kind, subject, agent, sequence or 1 << 62, message.data, utc_text())
+        item = self._item(kind, subject, agent, sequence, message.data, utc_text())
         if item is None:
             return
         if len(self._items) == QUEUE_MAX:
@@ -198,7 +213,9 @@ class Tap:
                 messages, more = await reader.page(None, messages[-1].sequence + 1)
         for item in sorted(past, key=lambda item: item.at):
             if item.kind == "signal":
-                self._replayed["signal"] = max(self._replayed.get("signal", 0), item.sequence)
+                self._replayed_to = max(self._replayed_to, item.sequence)
+            else:
+                self._replayed.add(_mark(item))
             yield item
 
     def _past(self, message: StoredMessage) -> TapItem | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from foundation_nats.base.clock import monotonic
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def eventually(
-    probe: Callable[[], Awaitable[T] | T],
+    probe: Callable[[], Awaitable[T]] | Callable[[], T],
     *,
     timeout: float = 10.0,
     every: float = 0.02,
@@ -31,9 +31,9 @@ async def eventually(
     while True:
         try:
             found = probe()
-            result = await found if inspect.isawaitable(found) else found
+            result: Any = await found if inspect.isawaitable(found) else found
             if result:
-                return result
+                return result  # type: ignore[no-any-return]
             last = result
         except (AssertionError, _library_error()) as error:
             last = error

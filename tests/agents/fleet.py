@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from foundation_nats import Agent, RecoveredFrom, Signal, State, on
 
@@ -42,7 +42,7 @@ class Ledger(Agent):
     """
 
     class State(State):
-        applied: list[str] = []
+        applied: list[str] = Field(default_factory=list)
         starts: int = 0
 
     async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
@@ -65,7 +65,7 @@ class Mirror(Agent):
     """Appends what a ledger tells it."""
 
     class State(State):
-        applied: list[str] = []
+        applied: list[str] = Field(default_factory=list)
 
     @on("ledger.append")
     async def append(self, signal: Signal[Entry]) -> None:
