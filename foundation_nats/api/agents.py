@@ -139,8 +139,7 @@ class Agents:
         await self._cluster.deployments.delete(id)
         deadline = monotonic() + timeout
         while monotonic() < deadline:
-            record = await self._record(id)
-            if record is None or record.status is AgentStatus.STOPPED:
+            if await self._record(id) is None:
                 return
             await asyncio.sleep(0.01)
         raise NotSettledError(f"Agent {id} has not stopped within {timeout:g} s.")

@@ -160,7 +160,7 @@ class WireClient(Client):
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
     ) -> None:
         """Hand a message to its route; messages of forgotten routes are dropped."""
-        route = self._subs.get(sid)
+        route: object = self._subs.get(sid)
         if type(route) is Route:
             message = Message(
                 subject.decode("utf-8", "replace"), reply.decode("utf-8", "replace"), data, headers

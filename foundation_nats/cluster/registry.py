@@ -106,6 +106,8 @@ class Registry:
     # ---- changing ---------------------------------------------------------------
 
     def _on_entry(self, entry: Entry) -> None:
+        if entry.revision <= self._newest(entry.key):
+            return  # our own acknowledged write comes back: not worth decoding
         if entry.value is None:
             self._apply(entry.key, None, entry.revision)
             return
@@ -116,11 +118,14 @@ class Registry:
             return
         self._apply(entry.key, record, entry.revision)
 
+    def _newest(self, agent: str) -> int:
+        held = self._held.get(agent)
+        return held.revision if held is not None else self._gone.get(agent, 0)
+
     def _apply(self, agent: str, record: AgentRecord | None, revision: int) -> None:
-        before = self._held.get(agent)
-        newest = before.revision if before is not None else self._gone.get(agent, 0)
-        if revision <= newest:
+        if revision <= self._newest(agent):
             return
+        before = self._held.get(agent)
         if before is not None:
             self._by_node[before.record.node].discard(agent)
         after = None if record is None else Held(record, revision)

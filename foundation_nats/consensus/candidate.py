@@ -107,6 +107,8 @@ class Candidate:
     """When the acquisition in flight was sent."""
     _renewals: dict[int, _Renewal] = field(default_factory=dict)
     """The renewals of this leadership that were not answered yet, by attempt."""
+    _leads_in: int = 0
+    """The term it leads in, or last led in."""
     _renewed_at: float = 0.0
     """When the last successful write of ours was sent."""
     _next_at: float | None = None
@@ -276,6 +278,7 @@ class Candidate:
 
     def _lead(self, term: int, sent_at: float, now: float) -> list[Effect]:
         self.role = Role.LEADER
+        self._leads_in = term
         self._renewed_at = sent_at
         self._seen_at = now
         self._sent_at = None
@@ -286,7 +289,7 @@ class Candidate:
     def _renewed(self, result: RenewResult, now: float) -> list[Effect]:
         if self._resigned:
             is_ours = result.attempt == self._attempt and result.outcome == "ok"
-            return [Release(result.revision, self.term)] if is_ours else []
+            return [Release(result.revision, self._leads_in)] if is_ours else []
         renewal = self._renewals.pop(result.attempt, None)
         if renewal is None:
             return []
@@ -295,6 +298,11 @@ class Candidate:
                 # Also of an attempt that was repeated meanwhile: it was written after it was sent.
                 self._revision = max(self._revision, result.revision)
                 self._renewed_at = max(self._renewed_at, renewal.sent_at)
+                self._renewals = {
+                    attempt: other
+                    for attempt, other in self._renewals.items()
+                    if other.sent_at > renewal.sent_at
+                }
                 self._seen_at = now
                 self._next_at = self._renewed_at + self.renew_every_s
                 return []
@@ -311,12 +319,12 @@ class Candidate:
     def _lose(self, reason: str) -> list[Effect]:
         self.role = Role.FOLLOWER
         self._renewals = {}
-        return [LostLeadership(self.term, reason)]
+        return [LostLeadership(self._leads_in, reason)]
 
     def _resign(self) -> list[Effect]:
         self._resigned = True
         if self.role is Role.LEADER:
-            return [*self._lose("resigned"), Release(self._revision, self.term)]
+            return [*self._lose("resigned"), Release(self._revision, self._leads_in)]
         self.role = Role.FOLLOWER
         return []
 
@@ -331,12 +339,14 @@ class Candidate:
             case Role.LEADER:
                 if now >= self._renewed_at + self.stop_after_s:
                     self._next_at = now + _RETRY_S
-                    return [*self._lose("the lease could not be renewed in time"), ReadLease()]
+                    lost = self._lose("the lease could not be renewed in time")
+                    # So late a step, perhaps, that the lease is up for anybody by now.
+                    return [*lost, ReadLease(), *self._expire(now)]
                 if is_due:
                     self._attempt += 1
                     self._renewals[self._attempt] = _Renewal(self._revision, now)
                     self._next_at = now + _ANSWER_S
-                    return [Renew(self._attempt, self._revision, self.term)]
+                    return [Renew(self._attempt, self._revision, self._leads_in)]
             case Role.CANDIDATE:
                 if is_due:
                     self._next_at = now + _ANSWER_S * self.random.uniform(0.8, 1.2)

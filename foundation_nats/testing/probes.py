@@ -5,20 +5,36 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from foundation_nats.base.clock import monotonic
 
 T = TypeVar("T")
 
 
+@overload
 async def eventually(
-    probe: Callable[[], Awaitable[T]] | Callable[[], T],
+    probe: Callable[[], Awaitable[T]],
+    *,
+    timeout: float = ...,
+    every: float = ...,
+    message: str = ...,
+) -> T: ...
+
+
+@overload
+async def eventually(
+    probe: Callable[[], T], *, timeout: float = ..., every: float = ..., message: str = ...
+) -> T: ...
+
+
+async def eventually(
+    probe: Callable[[], Any],
     *,
     timeout: float = 10.0,
     every: float = 0.02,
     message: str = "",
-) -> T:
+) -> Any:
     """Call *probe* until it returns something true, and return that.
 
     An `AssertionError` or a library error in the probe counts as not yet.
@@ -33,7 +49,7 @@ async def eventually(
             found = probe()
             result: Any = await found if inspect.isawaitable(found) else found
             if result:
-                return result  # type: ignore[no-any-return]
+                return result
             last = result
         except (AssertionError, _library_error()) as error:
             last = error

@@ -29,7 +29,6 @@ CHAOS = {
     "trim.before": 1,
     "trim.after": 1,
     "plan.computed": 1,
-    "plan.mid_execute": 1,
     "start.sent": 1,
     "lease.acquired": 1,
 }
