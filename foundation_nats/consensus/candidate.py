@@ -16,7 +16,9 @@ It does not guarantee that only one believes to lead: whoever is taken over
 early (`HolderGone`) may not know it yet. Obligations of the caller: perform
 every effect, answer it with the event that names its attempt, report the lease
 as it is seen (`LeaseSeen`, `LeaseVacant`), and call `step` no later than
-`deadline`. An answer that never comes costs time, not safety.
+`deadline`. An answer that never comes costs time, not safety. Who was reported
+gone must come back under a higher incarnation: two that hold each other for
+dead would take the lease from each other for ever.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from foundation_nats.bus.rpc import decode, encode
 from foundation_nats.bus.streams import PubAck
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.events import Events
+from foundation_nats.control.collision import find_collision
 from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff
-from foundation_nats.control.manifest import find_collision
 from foundation_nats.errors import (
     AlreadyExistsError,
     ConflictError,

@@ -26,6 +26,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from foundation_nats.control.collision import find_collision
 from foundation_nats.errors import ManifestError
 from foundation_nats.placement.strategies import STRATEGIES
 from foundation_schemas import AgentSpec, Deployment, OnNodeLoss, PlacementPolicy
@@ -96,26 +97,6 @@ def check_collisions(deployments: Iterable[Deployment]) -> None:
             hint="Rename one of them.",
             agent=agent,
         )
-
-
-def find_collision(deployments: Iterable[Deployment]) -> tuple[str, str, str] | None:
-    """(agent id, first deployment, second deployment) where two claim one id; None if none do."""
-    by_name: dict[str, Deployment] = {}
-    for deployment in deployments:
-        if deployment.name in by_name:
-            return deployment.name, deployment.name, deployment.name
-        by_name[deployment.name] = deployment
-    for deployment in by_name.values():
-        if deployment.replicas is not None:
-            continue
-        # Only `X-<number>` can be a replica's id: no need to list a million of them.
-        match = re.fullmatch(r"(.+)-(0|[1-9]\d*)", deployment.name)
-        if match is None:
-            continue
-        other = by_name.get(match[1])
-        if other is not None and other.replicas is not None and int(match[2]) < other.replicas:
-            return deployment.name, other.name, deployment.name
-    return None
 
 
 class _Parser:

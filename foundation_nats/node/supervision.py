@@ -232,8 +232,8 @@ class Supervisor:
         if not self._intensity.permit(now):
             del self._children[key]
             self._escalations += 1
-            spent = f"{self.max_restarts} restarts in {self.window_s:g} s did not help"
-            return [Escalate(key, f"{spent}: {reason}")]
+            limit = f"it would take more than {self.max_restarts} restarts in {self.window_s:g} s"
+            return [Escalate(key, f"{limit}: {reason}")]
         delay_s = self._backoff(child.restarts)
         child.started_at = None
         child.restarts += 1

@@ -112,13 +112,12 @@ def _play(lines: list[str], perform: Perform, name: str) -> Iterator[str]:
                 yield from _perform(perform, command, f"{name}:{at}")
             commands = []
             yield from _skip_output(rest)
-        elif line.strip() and not line.startswith("#"):
-            commands.append((number, line))
-            yield line
-        elif commands:
+            continue
+        if not line.strip() and commands:
             break
-        else:
-            yield line
+        if line.strip() and not line.startswith("#"):
+            commands.append((number, line))
+        yield line
     if commands:
         raise ScriptError(f"{name}:{commands[0][0]}: no {_SEPARATOR} after {commands[0][1]!r}")
 

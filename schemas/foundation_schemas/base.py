@@ -48,4 +48,5 @@ Capability = Name
 class WireModel(BaseModel):
     """The base of everything that crosses the bus."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # Built at first use: most processes need a few of the models only.
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)

@@ -96,6 +96,7 @@ class Race:
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _count: int = 0
     _late_s: float = 4.0
+    _slandered: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
@@ -109,7 +110,12 @@ class Race:
         return Candidate(name, incarnation, random=Random(self.random.random()))
 
     def calm(self) -> None:
-        """From now on nothing is lost or late, and nobody is slandered or restarted."""
+        """From now on nothing is lost or late, and nobody is slandered or restarted.
+
+        Who was slandered has learnt of it, and lives anew.
+        """
+        for name in sorted(self._slandered):
+            self._restart(name)
         self.loss = 0.0
         self._late_s = 0.1
         self.takes_over_early = False
@@ -162,10 +168,14 @@ class Race:
             return
         other = self.candidates["b" if name == "a" else "a"]
         if self.takes_over_early and self.random.random() < 0.7:
+            self._slandered.add(other.me)
             self._step(name, HolderGone(other.me, other.incarnation))
         elif self.random.random() < 0.2:
-            self._step(name, Resign())
-            self.candidates[name] = self._candidate(name, self.candidates[name].incarnation + 1)
+            self._restart(name)
+
+    def _restart(self, name: str) -> None:
+        self._step(name, Resign())
+        self.candidates[name] = self._candidate(name, self.candidates[name].incarnation + 1)
 
     # ---- candidates -----------------------------------------------------------------------
 
@@ -193,7 +203,7 @@ class Race:
             case Renew():
                 self._send(lambda: self._renew(name, candidate, effect))
             case Release(expected, _):
-                self._send(lambda: self.key.write(None, expected) and None)
+                self._send(partial(self._release, expected))
             case ReadLease():
                 self._send(lambda: self._answer(name, candidate, self.key.seen()))
             case BecameLeader(term):
@@ -204,6 +214,9 @@ class Race:
             case LostLeadership():
                 self.changes += 1
                 del self.leading[name]
+
+    def _release(self, expected: int) -> None:
+        self.key.write(None, expected)
 
     def _acquire(self, name: str, candidate: Candidate, effect: Acquire) -> None:
         value = Stored(candidate.me, candidate.incarnation, effect.term, self.now)

@@ -45,7 +45,7 @@ class _Player:
     def perform(self, command: Command) -> Iterator[str]:
         if command.name == "new":
             options = {key: float(value) for key, value in command.options.items()}
-            self.detector, self.now = LivenessDetector(**options), 0.0
+            self.detector, self.now = LivenessDetector(**options), 0.0  # type: ignore[arg-type]
             yield "ok"
         elif command.name == "show":
             for node, (incarnation, verdict) in sorted(self.detector.snapshot().items()):
