@@ -298,6 +298,10 @@ class Membership:
         self._send_heartbeat()
         self._notify()
 
+    def beat_now(self) -> None:
+        """Send a heartbeat out of turn: whoever waits for its echo gets it at once."""
+        self._send_heartbeat()
+
     async def leave(self, *, timeout: float = 2.0) -> None:
         """Say good-bye and delete the record; what fails is left to time-outs. Idempotent."""
         if self._is_member and not self._is_over and self._record is not None:
@@ -712,6 +716,8 @@ class Membership:
             node, incarnation, cause = self._died_leading
             self._tell("down", f"Node {node} is down ({cause}).", node, incarnation, cause)
         self._died_leading = None
+        if term is not None:
+            self._send_heartbeat()
 
     def watch_holder(self, node: str | None) -> None:
         """Probe *node* while this node doesn't lead: it holds the lease."""

@@ -135,7 +135,12 @@ class Host:
         if report.incarnation != self._incarnation:
             return
         self._loads[report.worker] = report.load
-        self._trimmer.note(report.consumed)
+        forgetful = [
+            agent
+            for agent in report.consumed
+            if agent in self._placed and not self._placed[agent].record.spec.durable
+        ]
+        self._trimmer.note(report.consumed, prompt=forgetful)
         for change in report.changes:
             known = self._reports.get(change.id)
             if known is None or known.epoch <= change.epoch:

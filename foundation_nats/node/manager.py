@@ -231,6 +231,9 @@ class NodeManager:
     def _worker_ready(self, worker: str) -> None:
         if self._host is not None:
             self._host.worker_ready(worker)
+        if self._membership is not None:
+            # Its activations may start once it has seen an echo.
+            self._membership.beat_now()
 
     def _worker_died(self, worker: str, cause: str) -> None:
         if self._host is not None and not self._rejoining:

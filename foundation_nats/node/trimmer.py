@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from foundation_nats.base.clock import monotonic
@@ -28,6 +29,8 @@ class Consumed:
     """How far one mailbox is consumed, and since when."""
 
     trimmed: int = 0
+    prompt: bool = False
+    """Remove at once: the agent keeps no cursor, so what stays would be handled again."""
     marks: deque[tuple[float, int]] = field(default_factory=deque)
     """(noticed at, cursor), oldest first."""
 
@@ -43,7 +46,7 @@ def trim_to(
     if not consumed.marks:
         return None
     newest = consumed.marks[-1][1]
-    if newest - consumed.trimmed >= pressure:
+    if consumed.prompt or newest - consumed.trimmed >= pressure:
         return newest
     old = [cursor for noticed, cursor in consumed.marks if now - noticed >= min_age_s]
     if old and old[-1] - consumed.trimmed >= batch:
@@ -61,13 +64,14 @@ class Trimmer:
         self._consumed: dict[str, Consumed] = {}
         self._log = get_logger("trimmer")
 
-    def note(self, cursors: dict[str, int]) -> None:
-        """These mailboxes are consumed up to these sequences."""
+    def note(self, cursors: dict[str, int], *, prompt: Collection[str] = ()) -> None:
+        """These mailboxes are consumed up to these sequences; *prompt* ones keep no record."""
         now = monotonic()
         for agent, cursor in cursors.items():
             entry = self._consumed.setdefault(agent, Consumed())
             if entry.marks and entry.marks[-1][1] >= cursor:
                 continue
+            entry.prompt = agent in prompt
             entry.marks.append((now, cursor))
             if len(entry.marks) > _MARKS_MAX:
                 # Forget every second mark: coarser, never too early.

@@ -199,3 +199,13 @@ def test_the_race_is_a_race() -> None:
     assert sum(len(race.leaders_of_term) for race in races) > 60
     assert sum(race.lost_messages for race in races) > 200
     assert max(race.leaders_at_once_max for race in races) == 2
+
+
+def test_the_shell_can_ask_who_leads_and_since_when() -> None:
+    """The age of a leadership counts from when its last good write was sent, not answered."""
+    candidate = Candidate("me", 1)
+    candidate.step(LeaseVacant(0), 5.0)
+    assert not candidate.is_leader
+    candidate.step(AcquireResult(1, True, 1, 1), 6.0)
+    assert candidate.is_leader
+    assert candidate.renewed_at == 5.0
