@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlparse
@@ -205,6 +206,8 @@ class EmbeddedServer:
     store: Path = field(default_factory=Path)
     signals_max_bytes: int = 0
     """What the mailboxes may take of the store, so that state commits always fit (F8)."""
+    name: str = field(default_factory=lambda: f"foundation-{token_hex(4)}")
+    """The server's name; the same after `restart`."""
     _process: subprocess.Popen[bytes] | None = None
     _private: Path | None = None
     _run: Path | None = None
@@ -322,7 +325,7 @@ class EmbeddedServer:
         self.signals_max_bytes = int(max_file * _SIGNALS_SHARE)
         host = f"[{config.host}]" if ":" in config.host else config.host
         return f"""\
-server_name: "foundation-{os.getpid()}"
+server_name: "{self.name}"
 listen: {_quoted(f"{host}:{port}")}
 max_payload: {config.max_payload}
 ping_interval: "10s"

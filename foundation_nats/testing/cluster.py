@@ -102,6 +102,8 @@ class NodeProcess:
 class TestCluster:
     """An ``async with`` that gives a running cluster, and leaves nothing behind.
 
+    It starts a server of its own unless it is given one, or *urls* of a NATS cluster.
+
     Example:
         >>> async with TestCluster(nodes=2, imports=["my_agents"]) as cluster:
         ...     await cluster.client.agents.start("my_agents:Counter", id="visits")
@@ -117,6 +119,7 @@ class TestCluster:
         path: Sequence[str] = (),
         settings: Mapping[str, object] | None = None,
         server: TestServer | None = None,
+        urls: Sequence[str] = (),
         cluster: str = "test",
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -124,8 +127,9 @@ class TestCluster:
         self._workers = workers
         self._path = list(path)
         self._settings = dict(settings or {})
-        self._own_server = server is None
+        self._own_server = server is None and not urls
         self.server = server or TestServer()
+        self._urls = tuple(urls)
         self._name = cluster
         self._environment = dict(environment or {})
         self._directory = tempfile.TemporaryDirectory(prefix="foundation-test-")
@@ -137,7 +141,9 @@ class TestCluster:
             if self._own_server:
                 await self.server.start()
             self.config = Config.load(
-                cluster=self._name, bus={"servers": (self.server.url,)}, **self._settings
+                cluster=self._name,
+                bus={"servers": self._urls or (self.server.url,)},
+                **self._settings,
             )
             for number in range(1, self._count + 1):
                 self.start_node(f"n{number}")
