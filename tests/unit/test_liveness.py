@@ -153,7 +153,8 @@ def test_the_deadline_is_exact_whatever_the_fractions_are() -> None:
         assert detector.verdict("a") is Verdict.DOWN
 
 
-_NODES = st.sampled_from(["a", "b", "c", "d", "e"])
+# Mostly about few nodes and first lives, or three misses in a row would be a rare event.
+_NODES = st.sampled_from(["a", "a", "a", "a", "b", "b", "c", "d", "e"])
 _LIVES = st.integers(1, 3)
 _EVENTS = st.one_of(
     st.builds(Heard, _NODES, _LIVES),
@@ -162,6 +163,7 @@ _EVENTS = st.one_of(
     st.builds(Confirmed, _NODES, _LIVES, st.sampled_from([True, False, None])),
     st.builds(ProbeMissed, _NODES, _LIVES),
     st.builds(ProbeMissed, _NODES, st.just(1)),
+    st.builds(ProbeMissed, st.just("a"), st.just(1)),
     st.builds(ProbeAnswered, _NODES, _LIVES),
     st.builds(OwnLag, st.floats(-1.0, 10.0)),
     st.just(ForceFailover()),
