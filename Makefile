@@ -49,7 +49,7 @@ wheel-check: install
 	$(BIN)/python -m pytest -q tests/packaging
 
 docs:
-	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet '.[docs]'
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -54,18 +54,31 @@ class MailboxConfig(_Section):
     state_max_bytes: int = 512 * 1024
     """Of one agent's state; with its outbox it must fit the server's ``max_payload`` of 1 MiB."""
     emit_max_bytes: int = 256 * 1024
-    """Of what one handling emits; half as much again may wait in the outbox before the next."""
+    """Of what one handling emits; three quarters of it may wait in the outbox before the next."""
     attempts_max: int = Field(default=4, ge=1)
     """Tries of a handler that raises, before the signal is a dead letter."""
     retry_first_s: float = 0.1
     """Back-off before the second try; doubles."""
     sweep_every_s: float = 5.0
     """How often a worker asks the stream for signals whose live copy it may have missed."""
+    full_patience_s: float = 30.0
+    """How long a full mailbox is waited for by what is already stored elsewhere: an emitted
+    signal in an outbox, a copy of a signal for many. Then it becomes a dead letter. Must stay
+    below the duplicate window."""
     trim_every_s: float = 2.0
     trim_min_age_s: float = 60.0
     """A consumed signal stays this long as evidence against late repeats, space permitting."""
     outbox_max: int = 1024
     """Emitted, unpublished signals of one agent; beyond, it handles nothing new."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> MailboxConfig:
+        if self.full_patience_s > self.duplicate_window_s / 2:
+            raise ValueError(
+                f"full_patience_s ({self.full_patience_s:g}) must be at most half of "
+                f"duplicate_window_s ({self.duplicate_window_s:g})"
+            )
+        return self
 
 
 class LivenessConfig(_Section):

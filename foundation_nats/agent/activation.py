@@ -22,6 +22,7 @@ connection is back.
 from __future__ import annotations
 
 import asyncio
+import sys
 import traceback
 from collections import deque
 from dataclasses import dataclass
@@ -103,22 +104,25 @@ class Activation:
         "commit_no",
         "committed_cursor",
         "committed_outbox",
+        "consumed",
         "cursor",
         "dirty",
         "emitted",
         "epoch",
         "failure",
         "fetched",
+        "held",
         "id",
         "in_flight",
         "outbox",
         "outbox_bytes",
         "queue",
-        "record",
         "recovered",
         "recovered_at",
+        "recovering",
         "revision",
         "route",
+        "run_name",
         "runtime",
         "salt",
         "scheduled",
@@ -147,7 +151,8 @@ class Activation:
         recovered: RecoveredFrom | None,
     ) -> None:
         self.runtime = runtime
-        self.record = record
+        # The record itself would cost each idle agent two kilobytes.
+        self.run_name = sys.intern(record.spec.run)
         self.id = record.id
         self.epoch = record.epoch
         self.agent = agent
@@ -155,12 +160,18 @@ class Activation:
         self._handlings = handlings(type(agent))
         self.recovered = recovered
         self.recovered_at = ""
-        """The server's time of the record that this activation continues."""
+        """The server's time of the record whose outbox this activation recovers."""
+        self.held = bool(outbox)
+        """Nothing is published before the recovered outbox was compared with the streams."""
+        self.recovering = bool(outbox)
+        """Some of the recovered outbox is not published yet."""
         self.state_json = state_json
         """The state after the last handled signal."""
         self.cursor = cursor
         """The last handled signal; what is committed may lie behind."""
         self.committed_cursor = cursor
+        self.consumed = 0
+        """Signals that this activation has handled or given up."""
         self.fetched = cursor
         """The last signal taken into `queue`."""
         self.seen = 0
@@ -392,9 +403,7 @@ class Activation:
             )
             failure = await self._try(handling, signal)
             if failure is None:
-                self.cursor = item.sequence
-                self.dirty = True
-                self.uncommitted += 1
+                self._advance(item)
                 return
             if isinstance(failure, StateTooLargeError):
                 raise failure
@@ -411,6 +420,13 @@ class Activation:
             attempt += 1
             if handling is not None and handling.adapter is not None:
                 data = _payload(handling, signal_type, body.get("data"))
+
+    def _advance(self, item: _Stored) -> None:
+        """The signal is done with: the next commit moves the cursor past it."""
+        self.cursor = item.sequence
+        self.consumed += 1
+        self.dirty = True
+        self.uncommitted += 1
 
     async def _try(self, handling: Handling | None, signal: Signal[Any]) -> FoundationError | None:
         """Handle one signal; effects are kept only if this returns None."""
@@ -560,9 +576,7 @@ class Activation:
         msg_id = emitted_id(self.salt, str(item.sequence), -1, subject)
         self.outbox[msg_id] = OutboxItem(subject, msg_id, payload)
         self.outbox_bytes += len(payload)
-        self.cursor = item.sequence
-        self.dirty = True
-        self.uncommitted += 1
+        self._advance(item)
         self.runtime.log.warning(
             "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
         )
@@ -672,12 +686,13 @@ class Activation:
             commit=self.commit_no + 1,
             writer=self.runtime.writer_json,
             cursor=self.cursor,
-            run=self.record.spec.run,
+            run=self.run_name,
             state=self.state_json,
             salt=self.salt,
             emitted=self.emitted,
             outbox=items,
             attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
+            outbox_since=self.recovered_at if self.recovering else "",
         )
         self.commit_no += 1
         self.in_flight = [payload, self.cursor, items, self._awaiting]
@@ -749,7 +764,12 @@ class Activation:
     # ---- outbox -----------------------------------------------------------------
 
     def _publish(self, items: list[OutboxItem]) -> None:
-        """Publish stored items that are not on their way yet, in order per receiver."""
+        """Publish stored items that are not on their way yet, in order per receiver.
+
+        While it is not known which of the recovered ones were published before, all wait.
+        """
+        if self.held:
+            return
         if self._waiting is None:
             self._waiting = {}
         for item in items:
@@ -779,7 +799,7 @@ class Activation:
                 else:
                     self._published(subject)
             else:
-                self.runtime.publish_later(self, subject, ack)
+                self.runtime.publish_later(self, subject, item, ack)
 
         self.runtime.append(subject, item, on_ack)
 
@@ -788,11 +808,48 @@ class Activation:
         if self._waiting is not None and subject in self._waiting:
             self._publish_head(subject)
 
+    def give_up_publishing(self, subject: str, error: FoundationError) -> None:
+        """Its receiver is full for too long: the signal becomes a dead letter of the receiver.
+
+        Signal and dead letter change places in one commit, so it is never both.
+        """
+        if self._waiting is None or subject not in self._waiting:
+            return
+        line = self._waiting[subject]
+        item = line.popleft()
+        if line:
+            # The receiver is as full for the next one: it has waited long enough too.
+            line[0].refused_since = item.refused_since
+            self._publish_head(subject)
+        else:
+            del self._waiting[subject]
+        self.outbox_bytes -= len(item.body)
+        del self.outbox[item.msg_id]
+        signal = orjson.loads(item.body)
+        receiver = subject.rpartition(".")[2] if ".signal.agent." in subject else "route"
+        letter = DeadLetter(
+            agent=receiver,
+            signal=signal,
+            code=error.code,
+            reason=f"{self.id} could not deliver it: {error}",
+            at=utc_text(),
+        )
+        dead = self.runtime.subjects.dead(receiver)
+        payload = letter.model_dump_json(exclude_none=True).encode()
+        msg_id = emitted_id(self.salt, item.msg_id, -2, dead)
+        self.outbox[msg_id] = OutboxItem(dead, msg_id, payload)
+        self.outbox_bytes += len(payload)
+        self.dirty = True
+        self.runtime.log.warning("emitted signal given up", agent=self.id, receiver=receiver)
+        self.commit()
+        self.resume()
+
     def _published(self, subject: str) -> None:
         assert self._waiting is not None
         del self._waiting[subject]
         if not self._waiting:
             self._waiting = None
+            self.recovering = False
             failpoint("outbox.after")
             self.runtime.committed(self)
             if self.committed_outbox and self.agent.durable:
@@ -802,6 +859,7 @@ class Activation:
 
     def publish_recovered(self) -> None:
         """Publish what the record of the earlier activation had not yet published."""
+        self.held = False
         if self.outbox:
             self._publish(list(self.outbox.values()))
 

@@ -23,6 +23,8 @@ class OutboxItem:
     subject: str
     msg_id: str
     body: bytes
+    refused_since: float | None = None
+    """Since when its receiver has no room, on `monotonic`."""
 
 
 def encode_record(
@@ -37,6 +39,7 @@ def encode_record(
     emitted: int,
     outbox: list[OutboxItem],
     attempt: tuple[int, int] | None = None,
+    outbox_since: str = "",
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
     body: dict[str, Any] = {
@@ -57,6 +60,8 @@ def encode_record(
     }
     if attempt is not None:
         body["attempt"] = attempt
+    if outbox_since:
+        body["outbox_since"] = outbox_since
     return orjson.dumps(body)
 
 

@@ -82,6 +82,7 @@ class Runtime:
         self.handler_timeout_s = config.worker.handler_timeout_s
         self.stop_timeout_s = config.worker.stop_timeout_s
         self._window_s = config.mailbox.duplicate_window_s
+        self._full_patience_s = config.mailbox.full_patience_s
         self._retry_first_s = config.mailbox.retry_first_s
         self.writer_json = to_json(
             {"node": host.node, "incarnation": host.incarnation, "worker": host.worker}
@@ -162,10 +163,10 @@ class Runtime:
         """Signals received and not yet handled."""
         return sum(item.backlog for item in self._activations.values() if item.queue)
 
-    def consumed(self) -> dict[str, int]:
-        """Committed cursors that moved since the last call."""
+    def consumed(self) -> dict[str, tuple[int, int]]:
+        """Committed cursors that moved since the last call, and the signals consumed so far."""
         moved, self._moved = self._moved, set()
-        return {item.id: item.committed_cursor for item in moved}
+        return {item.id: (item.committed_cursor, item.consumed) for item in moved}
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind each *run* here."""
@@ -210,7 +211,7 @@ class Runtime:
         for _ in range(_CLAIM_ROUNDS):
             try:
                 activation, payload = self._prepare(record, cls, entry)
-                activation.recovered_at = recovered_at
+                activation.recovered_at = activation.recovered_at or recovered_at
                 if payload is not None:
                     await self._write_claim(activation, payload)
                 return activation
@@ -225,7 +226,7 @@ class Runtime:
                 if entry is not None and self._is_my_claim(record, entry):
                     activation, _ = self._prepare(record, cls, entry)
                     activation.revision = entry.revision
-                    activation.recovered_at = recovered_at
+                    activation.recovered_at = activation.recovered_at or recovered_at
                     return activation
                 recovered_at = entry.time if entry is not None else ""
         self._report(record.id, record.epoch, AgentStatus.FAILED, "the record could not be claimed")
@@ -248,7 +249,7 @@ class Runtime:
                 raise FencedError(f"{record.id} is at epoch {stored.epoch}.")
         agent = cls()
         agent.ctx = Context(
-            record.id, config=dict(record.spec.config), node=self.node, epoch=record.epoch
+            record.id, config=record.spec.config or None, node=self.node, epoch=record.epoch
         )
         if not _is_durable(record, cls):
             agent.durable = False  # type: ignore[misc]
@@ -276,6 +277,9 @@ class Runtime:
             outbox=outbox,
             recovered=recovered if stored or not agent.durable else None,
         )
+        if stored is not None and outbox:
+            # A claim rewrites the record: what it found in the outbox is as old as before.
+            activation.recovered_at = stored.outbox_since or (entry.time if entry else "")
         attempt = stored.attempt if stored else None
         if attempt is not None:
             self.attempts[record.id] = (attempt[0], attempt[1])
@@ -295,6 +299,7 @@ class Runtime:
             emitted=activation.emitted,
             outbox=outbox,
             attempt=self.attempts.get(record.id) if attempt is not None else None,
+            outbox_since=activation.recovered_at,
         )
         return activation, payload
 
@@ -346,6 +351,8 @@ class Runtime:
                 await asyncio.sleep(0.3)
         failpoint("claim.after_outbox")
         activation.publish_recovered()
+        if not activation.outbox:
+            activation.recovering = False
         if not activation.outbox and activation.committed_outbox:
             self.clear_later(activation)
 
@@ -497,10 +504,18 @@ class Runtime:
             del self._commit_line[activation]
             activation.commit()
 
-    def publish_later(self, activation: Activation, subject: str, error: FoundationError) -> None:
-        """Try again after a while: an emitted signal is never given up."""
+    def publish_later(
+        self, activation: Activation, subject: str, item: OutboxItem, error: FoundationError
+    ) -> None:
+        """Try again after a while, for as long as it takes; but a full receiver is waited for
+        only so long, because two agents that fill each other's mailboxes would wait for ever."""
         delay = 0.1
         if isinstance(error, MailboxFullError):
+            now = monotonic()
+            item.refused_since = item.refused_since or now
+            if now - item.refused_since >= self._full_patience_s:
+                activation.give_up_publishing(subject, error)
+                return
             delay = 0.5
         elif not isinstance(error, BusTimeoutError | BusUnavailableError):
             self.log.error(

@@ -202,6 +202,13 @@ class Cluster:
             info = await self.agents.get(agent)
         except AgentNotFoundError as error:
             return error
+        if info.status is AgentStatus.RUNNING:
+            return AgentUnavailableError(
+                f"Nobody answers for agent {agent}, which is registered on node {info.node}.",
+                hint="The node may just have died: the agent will be recovered. Ask again.",
+                agent=agent,
+                status=str(info.status),
+            )
         return AgentUnavailableError(
             f"Agent {agent} is {info.status}" + (f": {info.reason}." if info.reason else "."),
             hint="Signals sent with `send` wait for it.",

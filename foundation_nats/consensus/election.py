@@ -150,7 +150,8 @@ class Election:
             self._see(self._lease.state(entry))
 
     def _see(self, state: LeaseState) -> None:
-        if self._seen is not None and state.revision < self._seen.revision:
+        # Revision 0 is an empty key read from the leader: even its marker has aged out.
+        if self._seen is not None and 0 < state.revision < self._seen.revision:
             return
         self._seen = state
         record = state.record

@@ -52,8 +52,8 @@ class Workload(Protocol):
     def backlog(self) -> int:
         """Signals received and not yet handled."""
 
-    def consumed(self) -> dict[str, int]:
-        """Cursors that moved since the last call, for trimming."""
+    def consumed(self) -> dict[str, tuple[int, int]]:
+        """Agent to (cursor, signals consumed) where they moved since the last call, for trimming."""
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind ``module:Class`` in this process."""

@@ -194,7 +194,10 @@ class NodeManager:
         for verb, handler in verbs.items():
             rpc.serve(bus, scope, self._subjects.control_node(self.name, verb), handler)
         scope.start(trimmer.run(), "trimmer")
-        scope.start(Expander(bus, self._subjects, registry).run(), "expander")
+        expander = Expander(
+            bus, self._subjects, registry, full_patience_s=config.mailbox.full_patience_s
+        )
+        scope.start(expander.run(), "expander")
         self._controller = Controller(bus, self._subjects, config, membership, registry)
         await self._controller.open(scope)
         self._log.info("node is up", incarnation=joined.incarnation, workers=len(self._worker_ids))

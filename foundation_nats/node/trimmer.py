@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.failpoint import failpoint
@@ -24,34 +25,46 @@ from foundation_nats.errors import BusError
 _MARKS_MAX = 64
 
 
+class Mark(NamedTuple):
+    """How far a mailbox was consumed at a moment."""
+
+    noticed_at: float
+    cursor: int
+    total: int
+    """Signals consumed by the activation up to here."""
+
+
 @dataclass(slots=True)
 class Consumed:
     """How far one mailbox is consumed, and since when."""
 
-    trimmed: int = 0
     prompt: bool = False
     """Remove at once: the agent keeps no cursor, so what stays would be handled again."""
-    marks: deque[tuple[float, int]] = field(default_factory=deque)
-    """(noticed at, cursor), oldest first."""
+    trimmed: int = 0
+    """Of the consumed signals, how many are removed."""
+    marks: deque[Mark] = field(default_factory=deque)
+    """Oldest first."""
 
 
 def trim_to(
     consumed: Consumed, now: float, *, min_age_s: float, batch: int, pressure: int
-) -> int | None:
-    """The cursor up to which to trim now; None: leave it.
+) -> Mark | None:
+    """The mark up to which to trim now; None: leave it.
 
-    Pure. Signals noticed `min_age_s` ago go once there are *batch* of them (the
-    sequence span bounds their number); at *pressure* unremoved ones all go.
+    Pure. Signals noticed `min_age_s` ago go once there are *batch* of them; when
+    *pressure* consumed ones lie in the mailbox, all go, young or not.
     """
     if not consumed.marks:
         return None
-    newest = consumed.marks[-1][1]
-    if consumed.prompt or newest - consumed.trimmed >= pressure:
+    newest = consumed.marks[-1]
+    if consumed.prompt or newest.total - consumed.trimmed >= pressure:
         return newest
-    old = [cursor for noticed, cursor in consumed.marks if now - noticed >= min_age_s]
-    if old and old[-1] - consumed.trimmed >= batch:
-        return old[-1]
-    return None
+    old = None
+    for mark in consumed.marks:
+        if now - mark.noticed_at < min_age_s:
+            break
+        old = mark
+    return old if old is not None and old.total - consumed.trimmed >= batch else None
 
 
 class Trimmer:
@@ -64,15 +77,21 @@ class Trimmer:
         self._consumed: dict[str, Consumed] = {}
         self._log = get_logger("trimmer")
 
-    def note(self, cursors: dict[str, int], *, prompt: Collection[str] = ()) -> None:
-        """These mailboxes are consumed up to these sequences; *prompt* ones keep no record."""
+    def note(
+        self, consumed: Mapping[str, tuple[int, int]], *, prompt: Collection[str] = ()
+    ) -> None:
+        """These mailboxes are consumed up to (cursor, count); *prompt* ones keep no record."""
         now = monotonic()
-        for agent, cursor in cursors.items():
+        for agent, (cursor, count) in consumed.items():
             entry = self._consumed.setdefault(agent, Consumed())
-            if entry.marks and entry.marks[-1][1] >= cursor:
+            if entry.marks and entry.marks[-1].cursor >= cursor:
                 continue
+            if count < entry.trimmed:
+                # Another activation counts anew.
+                entry.trimmed = 0
+                entry.marks.clear()
             entry.prompt = agent in prompt
-            entry.marks.append((now, cursor))
+            entry.marks.append(Mark(now, cursor, count))
             if len(entry.marks) > _MARKS_MAX:
                 # Forget every second mark: coarser, never too early.
                 entry.marks = deque(list(entry.marks)[1::2])
@@ -86,24 +105,24 @@ class Trimmer:
         while True:
             await asyncio.sleep(self._config.trim_every_s)
             for agent, entry in list(self._consumed.items()):
-                cursor = trim_to(
+                mark = trim_to(
                     entry,
                     monotonic(),
                     min_age_s=self._config.trim_min_age_s,
                     batch=min(256, max(1, self._config.mailbox_max // 8)),
-                    pressure=max(1, self._config.mailbox_max // 4),
+                    pressure=max(1, self._config.mailbox_max // 2),
                 )
-                if cursor is not None:
-                    await self._trim(agent, entry, cursor)
+                if mark is not None:
+                    await self._trim(agent, entry, mark)
 
-    async def _trim(self, agent: str, entry: Consumed, cursor: int) -> None:
+    async def _trim(self, agent: str, entry: Consumed, mark: Mark) -> None:
         failpoint("trim.before")
         try:
-            await self._signals.purge(self._subjects.mailbox(agent), below=cursor + 1)
+            await self._signals.purge(self._subjects.mailbox(agent), below=mark.cursor + 1)
         except BusError as error:
             self._log.debug("trimming put off", agent=agent, error=str(error))
             return
         failpoint("trim.after")
-        entry.trimmed = cursor
-        while entry.marks and entry.marks[0][1] <= cursor:
+        entry.trimmed = mark.total
+        while entry.marks and entry.marks[0].cursor <= mark.cursor:
             entry.marks.popleft()

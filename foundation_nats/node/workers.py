@@ -24,6 +24,14 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import WorkerConfig
 from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
+from foundation_nats.node.supervision import (
+    Escalate,
+    Exited,
+    GiveUp,
+    Restart,
+    Started,
+    Supervisor,
+)
 from foundation_nats.node.worker import WorkerOrders
 from foundation_schemas import Pong
 
@@ -86,7 +94,9 @@ class Workers:
         self._on_exhausted = on_exhausted
         self._spare = [spawn(module) for _ in range(count)]
         self._workers: dict[str, WorkerProcess] = {}
-        self._deaths: list[float] = []
+        self._supervisor = Supervisor(
+            max_restarts=config.restarts_max, window_s=config.restart_window_s
+        )
         self._closing = False
         self._log = get_logger("workers")
 
@@ -104,6 +114,7 @@ class Workers:
     def _begin(self, worker: str, process: subprocess.Popen[bytes]) -> None:
         entry = WorkerProcess(worker, process, started_at=monotonic())
         self._workers[worker] = entry
+        self._supervisor.step(Started(worker), entry.started_at)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(self._orders[worker].model_dump_json().encode() + b"\n")
@@ -185,17 +196,14 @@ class Workers:
         self._log.warning("worker died", worker=entry.id, cause=cause)
         entry.ready = False
         self._on_died(entry.id, cause)
-        now = monotonic()
-        self._deaths = [t for t in self._deaths if now - t < self._config.restart_window_s]
-        self._deaths.append(now)
-        if len(self._deaths) > self._config.restarts_max:
-            self._on_exhausted(
-                f"workers died {len(self._deaths)} times in {self._config.restart_window_s:g} s"
-            )
-            return
-        if now - entry.started_at < 1.0:
-            await asyncio.sleep(min(5.0, 0.1 * 2 ** len(self._deaths)))
-        self._begin(entry.id, spawn(self._module))
+        for effect in self._supervisor.step(Exited(entry.id, cause), monotonic()):
+            match effect:
+                case Restart(worker, delay_s):
+                    await asyncio.sleep(delay_s)
+                    if not self._closing:
+                        self._begin(worker, spawn(self._module))
+                case Escalate(_, reason) | GiveUp(_, reason):
+                    self._on_exhausted(f"worker {entry.id} is not restarted: {reason}")
 
     def replace_all(self, orders: Sequence[WorkerOrders]) -> None:
         """End every worker and start each anew under new orders: the node has a new incarnation."""

@@ -5,12 +5,15 @@ receiver's mailbox has stored its copy; copies carry ids derived from the route
 message, so that an expansion that was cut short is repeated without harm.
 Receivers are those that the registry wants to run at the time of expansion,
 running or not: mail waits. ``any:`` picks one receiver and writes the choice
-down before it sends, so that a repeat picks the same.
+down before it sends, so that a repeat picks the same. A receiver whose mailbox
+stays full gets a dead letter instead, long before the others' copies could be
+forgotten by the stream and be stored twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from hashlib import blake2b
 from secrets import token_hex
 
@@ -40,6 +43,7 @@ _PULL_S = 20.0
 _BATCH = 32
 _FRESH_S = 3.0
 _PICK_TTL_S = 3600.0
+_NAK_S = 1.0
 
 _RANK = {AgentStatus.RUNNING: 0, AgentStatus.STARTING: 1, AgentStatus.MOVING: 1}
 
@@ -65,10 +69,19 @@ def pick(candidates: list[Held], key: str) -> str:
     return max(candidates, key=weight).record.id
 
 
+def _delivered(message: Message) -> int:
+    """How often this route message was handed out, this time included."""
+    # $JS.ACK.<stream>.<consumer>.<delivered>.…
+    return int(message.reply.split(".")[4])
+
+
 class Expander:
     """Serves the ROUTES stream until its task is cancelled."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, registry: Registry) -> None:
+    def __init__(
+        self, bus: Bus, subjects: Subjects, registry: Registry, *, full_patience_s: float = 30.0
+    ) -> None:
+        self._tries_max = max(2, int(full_patience_s / _NAK_S))
         self._bus = bus
         self._subjects = subjects
         self._registry = registry
@@ -133,14 +146,19 @@ class Expander:
                 ids = [held.record.id for held in found]
                 if kind == "any":
                     ids = [await self._pick(found, key)]
-                await self._copy(message.data, ids, key)
+                full = await self._copy(message.data, ids, key)
+                if full and _delivered(message) < self._tries_max:
+                    raise full[0][1]
+                for agent, error in full:
+                    await self._give_up(message, agent, key, error)
             failpoint("expand.before_ack")
             self._bus.publish(message.reply, b"+ACK")
         except (MailboxFullError, BusTimeoutError, BusUnavailableError) as error:
             # Not acknowledged: it comes again, and what was copied is not copied twice.
             self._log.info("expansion put off", subject=message.subject, error=str(error))
             if self._bus.is_connected:
-                self._bus.publish(message.reply, b'-NAK {"delay": 1000000000}')
+                nak = orjson.dumps({"delay": int(_NAK_S * 1e9)})
+                self._bus.publish(message.reply, b"-NAK " + nak)
 
     async def _pick(self, candidates: list[Held], key: str) -> str:
         choice = pick(candidates, key)
@@ -153,21 +171,26 @@ class Expander:
                 choice = entry.value.decode()
         return choice
 
-    async def _copy(self, data: bytes, agents: list[str], key: str) -> None:
-        """Store a copy in every mailbox.
+    async def _copy(
+        self, data: bytes, agents: list[str], key: str
+    ) -> list[tuple[str, MailboxFullError]]:
+        """Store a copy in every mailbox; returns those that had no room.
 
         Raises:
-            MailboxFullError, BusTimeoutError, BusUnavailableError: some are not stored.
+            BusTimeoutError, BusUnavailableError: some are not stored, or not known to be.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         left = len(agents)
+        full: list[tuple[str, MailboxFullError]] = []
         failure: FoundationError | None = None
 
-        def on_ack(ack: PubAck | FoundationError) -> None:
+        def on_ack(agent: str, ack: PubAck | FoundationError) -> None:
             nonlocal left, failure
             left -= 1
-            if isinstance(ack, FoundationError):
+            if isinstance(ack, MailboxFullError):
+                full.append((agent, ack))
+            elif isinstance(ack, FoundationError):
                 failure = ack
             if left == 0 and not done.done():
                 done.set_result(None)
@@ -182,14 +205,34 @@ class Expander:
                     self._bus,
                     self._subjects.mailbox(agent),
                     data,
-                    on_ack,
+                    partial(on_ack, agent),
                     headers={"Nats-Msg-Id": msg_id},
                 )
             except BusUnavailableError as error:
-                on_ack(error)
+                on_ack(agent, error)
         await done
         if failure is not None:
             raise failure
+        return full
+
+    async def _give_up(
+        self, message: Message, agent: str, key: str, error: MailboxFullError
+    ) -> None:
+        """One receiver is full for too long: its copy is a dead letter, the others have theirs."""
+        letter = DeadLetter(
+            agent=agent,
+            signal=orjson.loads(message.data),
+            code=error.code,
+            reason=f"Its mailbox had no room for a signal sent to many: {error}",
+            attempts=_delivered(message),
+            at=utc_text(),
+        )
+        await append(
+            self._bus,
+            self._subjects.dead(agent),
+            letter.model_dump_json(exclude_none=True).encode(),
+            headers={"Nats-Msg-Id": f"{key}.{agent}.full"},
+        )
 
     async def _nobody(self, message: Message, target: str, key: str) -> None:
         letter = DeadLetter(

@@ -105,7 +105,7 @@ class TestCluster:
     It starts a server of its own unless it is given one, or *urls* of a NATS cluster.
 
     Example:
-        >>> async with TestCluster(nodes=2, imports=["my_agents"]) as cluster:
+        >>> async with TestCluster(nodes=2, path=["directory/of/my_agents"]) as cluster:
         ...     await cluster.client.agents.start("my_agents:Counter", id="visits")
     """
 

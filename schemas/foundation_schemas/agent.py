@@ -157,5 +157,7 @@ class StateRecord(WireModel):
     """Random, per agent; ids of emitted signals derive from it."""
     emitted: int = 0
     outbox: list[OutboxEntry] = Field(default_factory=list)
+    outbox_since: str = ""
+    """The server's time of the record that first held this outbox, while it is being recovered."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

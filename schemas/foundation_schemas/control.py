@@ -98,8 +98,8 @@ class WorkerReport(WireModel):
     incarnation: int
     number: int
     changes: list[AgentReport] = Field(default_factory=list)
-    consumed: dict[str, int] = Field(default_factory=dict)
-    """Agent to cursor, for trimming; only those that moved."""
+    consumed: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Agent to (cursor, signals consumed by this activation), for trimming; those that moved."""
     load: Load = Load()
 
 

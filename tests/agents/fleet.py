@@ -146,3 +146,17 @@ class Forgetful(Agent):
 
 class NoAgent:
     """Not an agent at all."""
+
+
+class Breeder(Agent):
+    """Tells itself more than it can hold."""
+
+    class State(State):
+        bred: int = 0
+
+    @on("breed")
+    async def breed(self, signal: Signal) -> None:
+        self.state.bred += 1
+        if self.state.bred < self.config["most"]:
+            for _ in range(self.config["litter"]):
+                self.emit("breed", to=self.id)

@@ -67,9 +67,7 @@ def test_wheel_and_sdist_hold_what_they_should(dist: Path) -> None:
     assert {"pyproject.toml", "README.md", "Makefile", "tests/conftest.py"} <= members
 
 
-async def test_the_wheel_runs_a_cluster_in_an_empty_environment(
-    dist: Path, tmp_path: Path
-) -> None:
+async def test_the_wheel_runs_a_cluster_in_an_empty_environment(dist: Path, tmp_path: Path) -> None:
     """pip install the wheel, `foundation up` with an agent of one's own, ask it, Ctrl-C."""
     (wheel,) = dist.glob("*.whl")
     home = tmp_path / "venv"

@@ -267,3 +267,39 @@ def test_a_dead_node_is_found_after_all(history: list[tuple[Event, float]]) -> N
         pass
     assert detector.deadline() is None
     assert all(verdict is Verdict.DOWN for _, verdict in detector.snapshot().values())
+
+
+_BAD_NEWS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [ProbeMissed("a", 1), ProbeMissed("b", 1), Confirmed("a", 1, False), ForceFailover()]
+        ),
+        st.sampled_from([0.0, 0.1, 0.2, 0.4, 1.0]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_BAD_NEWS, _BAD_NEWS)
+def test_no_amount_of_bad_news_ends_a_life_within_the_grace(
+    before: list[tuple[Event, float]], after: list[tuple[Event, float]]
+) -> None:
+    """Neither of the two roads is taken, whatever was begun before the disturbance."""
+    detector = LivenessDetector(storm_fraction=2.0)
+    for node in ("a", "b", "c"):
+        detector.step(Heard(node, 1), 0.0)
+    end = 0.0
+    for _, end, _ in _play(detector, before):  # noqa: B007
+        pass
+    for node in ("a", "b"):  # whoever is down stays so; the others are in full health
+        detector.step(Heard(node, 1), end)
+    alive = {n for n, (_, verdict) in detector.snapshot().items() if verdict is not Verdict.DOWN}
+    detector.step(BusDisturbed(), end)
+    now = end
+    for event, gap_s in after:
+        now += gap_s
+        if now >= end + GRACE_S:
+            break
+        detector.step(event, now)
+        assert all(detector.verdict(node) is not Verdict.DOWN for node in alive)
