@@ -49,6 +49,7 @@ _STOP_TIMEOUT_S = 5.0
 _RESPAWN_AFTER_S = 1.0
 _LOG_TAIL_LINES = 4
 _RAISED = re.compile(r"(error:|[\w.]*(Error|Exception):) \S")
+_SIGNALS_LIMIT = "FOUNDATION_MAILBOX__SIGNALS_MAX_BYTES"
 _SERVER_LOOK_EVERY_S = 0.5
 
 # Settings of the caller's own connection that must not reach our nodes.
@@ -218,6 +219,8 @@ class Up:
             sync_interval=_SYNC_INTERVAL[options.durability],
         )
         async with EmbeddedServer(config) as server:
+            # For this process and its nodes: mailboxes leave room for state commits (F8).
+            os.environ.setdefault(_SIGNALS_LIMIT, str(server.signals_max_bytes))
             yield server
 
     async def _watch_server(self, server: EmbeddedServer) -> None:

@@ -95,6 +95,7 @@ class Runtime:
         self.commits_in_flight = 0
         self._commit_line: dict[Activation, None] = {}
         self._clear: dict[Activation, float] = {}
+        self._clear_some = asyncio.Event()
         self._commit_waiters: dict[Activation, list[asyncio.Future[None]]] = {}
         self._catching_up: set[Activation] = set()
         self._resolving: set[Activation] = set()
@@ -544,13 +545,17 @@ class Runtime:
     def clear_later(self, activation: Activation) -> None:
         """Drop the published outbox from the record soon, so that no recovery repeats it."""
         self._clear[activation] = monotonic() + _CLEAR_AFTER_S
+        self._clear_some.set()
 
     async def _clear_loop(self) -> None:
         while True:
-            await asyncio.sleep(_CLEAR_AFTER_S / 2)
+            await self._clear_some.wait()
+            self._clear_some.clear()
+            await asyncio.sleep(_CLEAR_AFTER_S)
             now = monotonic()
             for activation, due in list(self._clear.items()):
                 if due > now:
+                    self._clear_some.set()
                     continue
                 del self._clear[activation]
                 if (

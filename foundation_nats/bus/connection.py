@@ -45,6 +45,7 @@ OnReply = Callable[[Message | BusError], None]
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"', re.I)
 _REBUILD_DELAY_MAX_S = 2.0
 _EXPIRY_TICK_S = 0.1
+_EXPIRY_IDLE_S = 0.3
 
 
 @dataclass(slots=True)
@@ -428,7 +429,8 @@ class Bus:
 
     async def _expire(self) -> None:
         while True:
-            await asyncio.sleep(_EXPIRY_TICK_S)
+            # Deadlines are coarse, and nobody waits for them while nothing is pending.
+            await asyncio.sleep(_EXPIRY_TICK_S if self._pending else _EXPIRY_IDLE_S)
             now = monotonic()
             late = [token for token, item in self._pending.items() if item.deadline <= now]
             for token in late:

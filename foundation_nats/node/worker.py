@@ -40,7 +40,8 @@ from foundation_schemas import (
 )
 
 REPORT_EVERY_S = 0.5
-_LAG_TICK_S = 0.1
+REPORT_IDLE_S = 2.0
+_LAG_TICK_S = 0.2
 
 
 class WorkerOrders(BaseModel):
@@ -68,6 +69,7 @@ class Worker:
         self._number = 0
         self._report_now = asyncio.Event()
         self._lag_s = 0.0
+        self._was_busy = True
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._validity = Validity(
             bus,
@@ -160,19 +162,22 @@ class Worker:
         subject = self._subjects.control_node(self._orders.node, "report")
         while True:
             try:
-                await asyncio.wait_for(self._report_now.wait(), REPORT_EVERY_S)
+                every = REPORT_EVERY_S if self._was_busy else REPORT_IDLE_S
+                await asyncio.wait_for(self._report_now.wait(), every)
                 await asyncio.sleep(0.001)  # gather what changes together
             except TimeoutError:
                 pass
             self._report_now.clear()
             changes = list(self._changes.values())[:2000]
+            consumed = self._workload.consumed()
+            self._was_busy = bool(changes or consumed)
             self._number += 1
             report = WorkerReport(
                 worker=self._orders.worker,
                 incarnation=self._orders.incarnation,
                 number=self._number,
                 changes=changes,
-                consumed=self._workload.consumed(),
+                consumed=consumed,
                 load=Load(
                     agents=len(self._workload.running()),
                     backlog=self._workload.backlog(),

@@ -140,6 +140,10 @@ class TestCluster:
         try:
             if self._own_server:
                 await self.server.start()
+            if self._own_server:
+                mailbox = dict(self._settings.get("mailbox", {}))  # type: ignore[call-overload]
+                mailbox.setdefault("signals_max_bytes", self.server.signals_max_bytes)
+                self._settings["mailbox"] = mailbox
             self.config = Config.load(
                 cluster=self._name,
                 bus={"servers": self._urls or (self.server.url,)},
