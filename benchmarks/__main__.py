@@ -1,0 +1,191 @@
+"""``make bench``: our figure, the floor and the ratio, medians of alternated runs.
+
+Ratios are what counts: both sides run on the same machine, one after the other,
+again and again. The floor is written by hand on nats-py (`benchmarks.floor`);
+where it has no counterpart the figure stands alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import ours
+from benchmarks.floor import create, failover, latency, mailbox, memory
+from benchmarks.floor.server import throw_away_server
+from foundation_nats.base.tasks import run
+
+Figures = dict[str, float]
+RESULTS = Path(__file__).parent / "results" / "latest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One thing that both sides do."""
+
+    name: str
+    ours: Callable[[], Awaitable[Figures]]
+    floor: Callable[[str], Awaitable[Figures]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    work: str
+    text: str
+    key: str
+    floor_key: str | None
+    unit: str
+    ratio_target: float | None = None
+    """Ours divided by the floor: at least this (more is better) or at most (less is better)."""
+    target: float | None = None
+    more_is_better: bool = False
+
+
+WORKS = [
+    Work("signals", ours.mailbox, mailbox.run),
+    Work("latency", ours.latency, latency.run),
+    Work("deploy", ours.create, create.run),
+    Work("failover", ours.failover, failover.run),
+    Work("failover-leader", ours.failover_of_leader, None),
+    Work("memory", ours.memory, memory.run),
+    Work("launch", ours.launch, None),
+]
+
+# fmt: off
+ROWS = [
+    Row("signals", "durable signals, effects persisted", "signals_per_s", "signals_per_s", "/s", 0.8, None, True),
+    Row("latency", "send to handler, p50", "live_p50_us", "live_p50_us", "µs", 1.3),
+    Row("latency", "send to handler, p99", "live_p99_us", "live_p99_us", "µs"),
+    Row("latency", "ask, p50", "ask_p50_us", "request_p50_us", "µs", 1.3),
+    Row("latency", "ask, p99", "ask_p99_us", "request_p99_us", "µs"),
+    Row("latency", "asks, 100 callers", "asks_per_s", "requests_per_s", "/s", 0.5, None, True),
+    Row("deploy", "1,000 agents deployed and answering", "create_seconds", "create_seconds", "s", None, 0.5),
+    Row("failover", "node killed: 1,000 agents answer elsewhere", "failover_seconds", "failover_seconds", "s", None, 0.8),
+    Row("failover-leader", "the same, the node led", "failover_seconds", None, "s", None, 0.8),
+    Row("memory", "idle agent, of 1,000", "bytes_per_agent_1000", None, "B"),
+    Row("memory", "idle agent, of 10,000", "bytes_per_agent_10000", None, "B", None, 5 * 1024),
+    Row("launch", "server, node, agent: first answer", "launch_seconds", None, "s", None, 0.5),
+]
+# fmt: on
+
+
+async def measure(work: Work, runs: int, console: Console) -> tuple[list[Figures], list[Figures]]:
+    """Alternate floor and ours."""
+    mine: list[Figures] = []
+    floor: list[Figures] = []
+    for number in range(runs):
+        console.print(f"[dim]{work.name}: run {number + 1} of {runs}[/dim]", highlight=False)
+        if work.floor is not None:
+            with throw_away_server() as url:
+                floor.append(await work.floor(url))
+        mine.append(await work.ours())
+    return mine, floor
+
+
+def shown(value: float, unit: str) -> str:
+    """A figure with its unit."""
+    return f"{value:,.3f} {unit}" if unit == "s" else f"{value:,.0f} {unit}"
+
+
+def spread(figures: list[Figures], key: str) -> tuple[float, float, float]:
+    """Median, least and greatest."""
+    values = [figure[key] for figure in figures]
+    return statistics.median(values), min(values), max(values)
+
+
+def judge(row: Row, value: float, ratio: float | None) -> str:
+    """Whether the target is met; empty where there is none."""
+    if row.ratio_target is not None and ratio is not None:
+        met = ratio >= row.ratio_target if row.more_is_better else ratio <= row.ratio_target
+        sign = "≥" if row.more_is_better else "≤"
+        return f"{sign} {row.ratio_target:g} × {'met' if met else 'missed'}"
+    if row.target is not None:
+        return f"≤ {shown(row.target, row.unit)} {'met' if value <= row.target else 'missed'}"
+    return ""
+
+
+def report(
+    results: dict[str, tuple[list[Figures], list[Figures]]], runs: int
+) -> tuple[Table, list[dict[str, Any]]]:
+    """The table for people, and the same for programs."""
+    table = Table(title=f"medians of {runs} alternated runs", title_justify="left")
+    for heading in ("figure", "ours (least to greatest)", "floor", "ratio", "target"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    lines = []
+    for row in ROWS:
+        if row.work not in results:
+            continue
+        mine, floor = results[row.work]
+        value, least, greatest = spread(mine, row.key)
+        floor_value = None
+        if floor and row.floor_key in floor[0]:
+            floor_value = spread(floor, row.floor_key)[0]
+        ratio = None if floor_value is None else value / floor_value
+        verdict = judge(row, value, ratio)
+        table.add_row(
+            row.text,
+            f"{shown(value, row.unit)} ({shown(least, '').strip()} to {shown(greatest, '').strip()})"
+            if row.unit != "s"
+            else f"{shown(value, 's')} ({least:.3f} to {greatest:.3f})",
+            "-" if floor_value is None else shown(floor_value, row.unit),
+            "-" if ratio is None else f"{ratio:.2f}",
+            verdict,
+        )
+        lines.append(
+            {
+                "figure": row.text,
+                "ours": value,
+                "least": least,
+                "greatest": greatest,
+                "floor": floor_value,
+                "ratio": ratio,
+                "unit": row.unit,
+                "target": verdict,
+            }
+        )
+    return table, lines
+
+
+def main() -> int:
+    """Measure, print, and write ``benchmarks/results/latest.json``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", action="append", choices=[work.name for work in WORKS])
+    arguments = parser.parse_args()
+    console = Console()
+    chosen = [work for work in WORKS if not arguments.only or work.name in arguments.only]
+
+    async def all_of_it() -> dict[str, tuple[list[Figures], list[Figures]]]:
+        return {work.name: await measure(work, arguments.runs, console) for work in chosen}
+
+    results = run(all_of_it)
+    table, lines = report(results, arguments.runs)
+    console.print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    machine = {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "at": time.strftime("%Y-%m-%d", time.gmtime()),
+        "runs": arguments.runs,
+    }
+    RESULTS.write_text(json.dumps({"machine": machine, "figures": lines}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

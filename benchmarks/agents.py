@@ -1,0 +1,46 @@
+"""The agents that are measured."""
+
+from __future__ import annotations
+
+import time
+
+from pydantic import BaseModel
+
+from foundation_nats import Agent, Signal, State, on
+
+
+class Add(BaseModel):
+    amount: int
+
+
+class Counter(Agent):
+    """Counts; its state is small, as the floor's is."""
+
+    class State(State):
+        counter: int = 0
+
+    @on("add")
+    async def add(self, signal: Signal[Add]) -> int:
+        self.state.counter += signal.data.amount
+        return self.state.counter
+
+    @on("get")
+    async def get(self, signal: Signal) -> int:
+        return self.state.counter
+
+
+class Stamp(Agent):
+    """Notes how long each signal took to its handler; the notes are no state."""
+
+    notes: list[int]
+
+    async def on_start(self, recovered: object) -> None:
+        self.notes = []
+
+    @on("stamp")
+    async def stamp(self, signal: Signal[int]) -> None:
+        self.notes.append(time.monotonic_ns() - signal.data)
+
+    @on("read")
+    async def read(self, signal: Signal) -> list[int]:
+        return self.notes
