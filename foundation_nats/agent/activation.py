@@ -214,14 +214,14 @@ class Activation:
 
     def _on_live(self, message: Message) -> None:
         failpoint("live.received")
-        sequence = int(message.header(b"Nats-Sequence") or b"0")
+        sequence, last = _sequences(message.raw_headers or b"")
         if sequence <= self.fetched:
             return
         if sequence > self.seen:
             self.seen = sequence
         if self.behind:
             return
-        if int(message.header(b"Nats-Last-Sequence") or b"0") > self.fetched or (
+        if last > self.fetched or (
             self.queue is not None and len(self.queue) >= self.runtime.in_memory_max
         ):
             self.fall_behind()
@@ -290,11 +290,11 @@ class Activation:
         if self.queue or self.stopping is not None:
             self.runtime.pool.submit(self)
 
-    async def run(self) -> None:
-        """Handle what is queued; called by one runner at a time."""
+    async def run(self, task: asyncio.Task[Any]) -> None:
+        """Handle what is queued; called by one runner, which is *task*, at a time."""
         if self.task is not None or self.route is None:
             return
-        self.task = asyncio.current_task()
+        self.task = task
         try:
             while self.queue and self.stopping is None:
                 if (
@@ -322,9 +322,7 @@ class Activation:
         except asyncio.CancelledError:
             if self.stopping is None:
                 raise
-            current = asyncio.current_task()
-            if current is not None:
-                current.uncancel()
+            task.uncancel()
         except FoundationError as error:
             self.fail(error)
             return
@@ -432,8 +430,7 @@ class Activation:
         """Handle one signal; effects are kept only if this returns None."""
         try:
             await self._call(handling, signal)
-            state = self._checked_state()
-            self._effects(state, seed=str(signal.sequence), signal=signal)
+            self._effects(self._checked_state(), seed=str(signal.sequence), signal=signal)
             return None
         except asyncio.CancelledError:
             self._roll_back()
@@ -927,6 +924,18 @@ class Activation:
         self.refuse_queued()
         self.runtime.failed(self, error)
         self.runtime.commit_next()
+
+
+def _sequences(raw: bytes) -> tuple[int, int]:
+    """``Nats-Sequence`` and ``Nats-Last-Sequence`` of a live copy; every signal passes here."""
+    start = raw.find(b"\r\nNats-Sequence: ")
+    if start < 0:
+        return 0, 0
+    sequence = int(raw[start + 17 : raw.find(b"\r\n", start + 17)])
+    start = raw.find(b"\r\nNats-Last-Sequence: ")
+    if start < 0:
+        return sequence, 0
+    return sequence, int(raw[start + 22 : raw.find(b"\r\n", start + 22)])
 
 
 def _payload(handling: Handling | None, signal_type: str, data: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
@@ -23,8 +23,8 @@ class Runnable(Protocol):
 
     scheduled: bool
 
-    async def run(self) -> None:
-        """Do what is ready to be done; must not raise."""
+    async def run(self, task: asyncio.Task[Any]) -> None:
+        """Do what is ready to be done, in *task*; must not raise."""
 
 
 class RunnerPool:
@@ -72,6 +72,8 @@ class RunnerPool:
         self._scope.start(self._runner(), "runner")
 
     async def _runner(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             slice_end = monotonic() + _SLICE_S
             while True:
@@ -80,7 +82,7 @@ class RunnerPool:
                     activation.scheduled = False
                     if self._ready:
                         self._plan_kick()
-                    await activation.run()
+                    await activation.run(task)
                     if monotonic() > slice_end:
                         await asyncio.sleep(0)
                         slice_end = monotonic() + _SLICE_S

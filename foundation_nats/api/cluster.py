@@ -329,6 +329,7 @@ def _parsed(text: str) -> Target:
         raise ConfigError(str(error)) from error
 
 
+@lru_cache(maxsize=4096)
 def _check_type(type: str) -> None:
     if not type or len(type) > 256 or any(c.isspace() for c in type):
         raise ConfigError(f"{type!r} is not a signal type: use words joined by dots.")

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 from nats import errors as nats_errors
 
@@ -48,8 +48,7 @@ _EXPIRY_TICK_S = 0.1
 _EXPIRY_IDLE_S = 0.3
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     subject: str
     on_reply: OnReply
     deadline: float
@@ -78,6 +77,7 @@ class Bus:
         self._client: WireClient = WireClient()
         self._routes: set[Route] = set()
         self._inbox = f"_INBOX.{token_hex(11)}"
+        self._inbox_length = len(self._inbox) + 1
         self._pending: dict[str, _Pending] = {}
         self._token = 0
         self._closing = False
@@ -282,30 +282,31 @@ class Bus:
                 "Not connected to NATS.", hint="The connection is being restored."
             )
         if headers:
-            lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+            lines = "".join([f"{key}: {value}\r\n" for key, value in headers.items()])
             head = f"NATS/1.0\r\n{lines}\r\n".encode()
             total = len(head) + len(payload)
-            self._check_size(subject, total)
+            if total > self._client.max_payload:
+                raise self._too_large(subject, total)
             self._client.write(
                 b"HPUB %b %b %d %d\r\n%b%b\r\n"
                 % (subject.encode(), reply.encode(), len(head), total, head, payload)
             )
         else:
-            self._check_size(subject, len(payload))
+            if len(payload) > self._client.max_payload:
+                raise self._too_large(subject, len(payload))
             self._client.write(
                 b"PUB %b %b %d\r\n%b\r\n"
                 % (subject.encode(), reply.encode(), len(payload), payload)
             )
 
-    def _check_size(self, subject: str, total: int) -> None:
-        if total > self._client.max_payload:
-            raise PayloadTooLargeError(
-                f"A message of {total:,} bytes for {subject} exceeds the server's limit of "
-                f"{self._client.max_payload:,} bytes.",
-                hint="Send a reference to the data instead, or raise max_payload on the server.",
-                size=total,
-                limit=self._client.max_payload,
-            )
+    def _too_large(self, subject: str, total: int) -> PayloadTooLargeError:
+        return PayloadTooLargeError(
+            f"A message of {total:,} bytes for {subject} exceeds the server's limit of "
+            f"{self._client.max_payload:,} bytes.",
+            hint="Send a reference to the data instead, or raise max_payload on the server.",
+            size=total,
+            limit=self._client.max_payload,
+        )
 
     async def flush(self, timeout: float | None = None) -> None:
         """Wait until the server has seen everything sent so far.
@@ -410,7 +411,7 @@ class Bus:
                 room -= 1
 
     def _on_inbox(self, message: Message) -> None:
-        token = message.subject.rpartition(".")[2]
+        token = message.subject[self._inbox_length :]
         pending = self._pending.get(token)
         if pending is None:
             return

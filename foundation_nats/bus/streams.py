@@ -113,20 +113,24 @@ def append_nowait(
         BusUnavailableError, PayloadTooLargeError: nothing was sent and *on_ack* is not called.
     """
 
-    def on_reply(reply: Message | BusError) -> None:
-        if isinstance(reply, NoRespondersError):
-            on_ack(
-                BusUnavailableError(
-                    f"No stream takes {subject}.",
-                    hint="Is JetStream up, and does it have a leader?",
-                )
-            )
-        elif isinstance(reply, BusError):
-            on_ack(reply)
-        else:
-            on_ack(_read_ack(reply, subject))
+    bus.request_nowait(
+        subject,
+        payload,
+        lambda reply: on_ack(_acknowledged(reply, subject)),
+        headers=headers,
+        timeout=timeout,
+    )
 
-    bus.request_nowait(subject, payload, on_reply, headers=headers, timeout=timeout)
+
+def _acknowledged(reply: Message | BusError, subject: str) -> PubAck | FoundationError:
+    """What a stream's reply to a publish means."""
+    if not isinstance(reply, BusError):
+        return _read_ack(reply, subject)
+    if isinstance(reply, NoRespondersError):
+        return BusUnavailableError(
+            f"No stream takes {subject}.", hint="Is JetStream up, and does it have a leader?"
+        )
+    return reply
 
 
 def _read_ack(reply: Message, subject: str) -> PubAck | FoundationError:
@@ -154,18 +158,17 @@ async def append(
         BusUnavailableError: not stored; worth a retry.
         BusTimeoutError: outcome unknown; retry with the same ``Nats-Msg-Id``.
     """
-    future: asyncio.Future[PubAck] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[Message | BusError] = asyncio.get_running_loop().create_future()
 
-    def on_ack(ack: PubAck | FoundationError) -> None:
-        if future.done():
-            return
-        if isinstance(ack, FoundationError):
-            future.set_exception(ack)
-        else:
-            future.set_result(ack)
+    def on_reply(reply: Message | BusError) -> None:
+        if not future.done():
+            future.set_result(reply)
 
-    append_nowait(bus, subject, payload, on_ack, headers=headers, timeout=timeout)
-    return await future
+    bus.request_nowait(subject, payload, on_reply, headers=headers, timeout=timeout)
+    ack = _acknowledged(await future, subject)
+    if isinstance(ack, FoundationError):
+        raise ack
+    return ack
 
 
 async def api(

@@ -163,7 +163,10 @@ class WireClient(Client):
         route: object = self._subs.get(sid)
         if type(route) is Route:
             message = Message(
-                subject.decode("utf-8", "replace"), reply.decode("utf-8", "replace"), data, headers
+                subject.decode("utf-8", "replace"),
+                reply.decode("utf-8", "replace") if reply else "",
+                data,
+                headers,
             )
             try:
                 route.handler(message)

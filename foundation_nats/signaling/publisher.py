@@ -31,6 +31,7 @@ from foundation_schemas import Receipt, Target, TargetKind
 _RETRY_FIRST_S = 0.02
 _RETRY_MAX_S = 0.5
 _ATTEMPT_S = 2.0
+_ADDRESSES_MAX = 10_000
 
 
 class Publisher:
@@ -42,12 +43,22 @@ class Publisher:
         self.source = source
         self._id_prefix = token_hex(8)
         self._ids = itertools.count(1)
+        self._addresses: dict[Target, tuple[str, str]] = {}
 
     def subject(self, target: Target) -> str:
         """Where signals for *target* are stored."""
         if target.kind is TargetKind.AGENT:
             return self._subjects.mailbox(target.name)
         return self._subjects.route(target)
+
+    def _address(self, target: Target) -> tuple[str, str]:
+        """A target's text and subject; remembered, because few targets get many signals."""
+        found = self._addresses.get(target)
+        if found is None:
+            if len(self._addresses) >= _ADDRESSES_MAX:
+                self._addresses.clear()
+            found = self._addresses[target] = (str(target), self.subject(target))
+        return found
 
     async def send(
         self,
@@ -71,7 +82,7 @@ class Publisher:
             BusTimeoutError: outcome unknown.
             PermissionDeniedError, BusRefusedError: nothing was stored.
         """
-        name = str(target)
+        name, subject = self._address(target)
         signal_id = id or f"{self._id_prefix}-{next(self._ids)}"
         payload = encode_envelope(
             id=signal_id,
@@ -82,7 +93,6 @@ class Publisher:
             traceparent=traceparent,
             cause=cause,
         )
-        subject = self.subject(target)
         ack = await self.store(
             subject, payload, message_id(name, self.source, signal_id), timeout=timeout
         )
