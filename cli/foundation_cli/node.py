@@ -92,12 +92,18 @@ def start(
     labels = values.pairs(label or [], "--label")
     capacities = values.numbers(capacity or [], "--capacity")
 
+    _find_modules_here()
+    _check_found(imports or [])
+
+    from foundation_nats.node.spawning import spawn, worker_count
+
+    # First of all: the workers import while the manager does. They end with it.
+    spare = [spawn() for _ in range(worker_count(workers))]
+
     from foundation_nats.api.node import Node, NodeOptions
     from foundation_nats.base import logs, tasks
 
     config = load_config(resolve(shared))
-    _find_modules_here()
-    _check_found(imports or [])
     logs.configure(level=log_level, json=log_json)
     options = NodeOptions(
         name=name,
@@ -111,7 +117,7 @@ def start(
     )
 
     async def main() -> int:
-        return await Node(options, config).run()
+        return await Node(options, config, spare=spare).run()
 
     code = tasks.run(main)
     if code:

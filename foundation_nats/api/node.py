@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from foundation_nats.config import Config
 from foundation_nats.node.manager import NodeManager, NodeOptions
-
-WORKER_MODULE = "foundation_nats.api.worker"
 
 
 class Node:
@@ -19,10 +19,14 @@ class Node:
         ...     await asyncio.Event().wait()
     """
 
-    def __init__(self, options: NodeOptions | None = None, config: Config | None = None) -> None:
-        self._manager = NodeManager(
-            options or NodeOptions(), config or Config.load(), worker_module=WORKER_MODULE
-        )
+    def __init__(
+        self,
+        options: NodeOptions | None = None,
+        config: Config | None = None,
+        *,
+        spare: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        self._manager = NodeManager(options or NodeOptions(), config or Config.load(), spare=spare)
 
     @property
     def name(self) -> str:

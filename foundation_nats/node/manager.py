@@ -16,7 +16,8 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
@@ -38,6 +39,7 @@ from foundation_nats.config import Config
 from foundation_nats.control.controller import Controller
 from foundation_nats.errors import BusError, BusUnavailableError, ConfigError, FoundationError
 from foundation_nats.node.host import Host
+from foundation_nats.node.spawning import WORKER_MODULE, worker_count
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.worker import WorkerOrders
 from foundation_nats.node.workers import Workers
@@ -95,13 +97,21 @@ class NodeOptions:
 class NodeManager:
     """One node of the cluster."""
 
-    def __init__(self, options: NodeOptions, config: Config, *, worker_module: str) -> None:
+    def __init__(
+        self,
+        options: NodeOptions,
+        config: Config,
+        *,
+        worker_module: str = WORKER_MODULE,
+        spare: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        """*spare* are worker processes that were spawned before, to save time."""
         self._options = options
         self._config = config
         self.name = options.checked_name()
         self._subjects = Subjects(config.cluster)
         self._log = get_logger("node").bind(node=self.name)
-        count = options.workers if options.workers is not None else os.cpu_count() or 1
+        count = worker_count(options.workers)
         if count < 1:
             raise ConfigError(f"a node needs at least one worker, not {count}")
         self._worker_ids = [f"{self.name}-w{i}" for i in range(count)]
@@ -114,6 +124,7 @@ class NodeManager:
             on_ready=self._worker_ready,
             on_died=self._worker_died,
             on_exhausted=self._end,
+            spare=spare,
         )
         self._bus: Bus | None = None
         self._scope: TaskScope | None = None

@@ -11,19 +11,18 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
-from foundation_nats.base.process import die_with_parent
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import WorkerConfig
 from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
+from foundation_nats.node.spawning import spawn
 from foundation_nats.node.supervision import (
     Escalate,
     Exited,
@@ -37,21 +36,6 @@ from foundation_schemas import Pong
 
 _PING_EVERY_S = 1.0
 _READY_TIMEOUT_S = 30.0
-
-
-def spawn(module: str, extra_path: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Start ``python -m module`` as a child that ends with this process and reads its orders from a pipe."""
-    path = [*extra_path, os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    return subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-        # Started from the main thread, which lives as long as the manager: the
-        # kernel ties the death signal to the thread that forked.
-        preexec_fn=die_with_parent(os.getpid()),
-    )
 
 
 @dataclass(slots=True)
@@ -86,13 +70,15 @@ class Workers:
         on_ready: Callable[[str], None],
         on_died: Callable[[str, str], None],
         on_exhausted: Callable[[str], None],
+        spare: Sequence[subprocess.Popen[bytes]] = (),
     ) -> None:
         self._config = config
         self._module = module
         self._on_ready = on_ready
         self._on_died = on_died
         self._on_exhausted = on_exhausted
-        self._spare = [spawn(module) for _ in range(count)]
+        self._spare = list(spare)
+        self._spare += [spawn(module) for _ in range(count - len(self._spare))]
         self._workers: dict[str, WorkerProcess] = {}
         self._supervisor = Supervisor(
             max_restarts=config.restarts_max, window_s=config.restart_window_s
