@@ -649,9 +649,12 @@ class Activation:
             reply = b'{"ok":%b}' % result
         if (self.state_json, len(self.outbox)) != before:
             self.uncommitted += 1
-        if self.dirty or self.in_flight is not None:
-            # The answer may rest on effects that are not stored yet.
+        # The answer may rest on effects that are not stored yet: it leaves with the
+        # commit that covers them, which is the one in flight if nothing came since.
+        if self.dirty:
             self._awaiting.append((item.reply, reply))
+        elif self.in_flight is not None:
+            self.in_flight[3].append((item.reply, reply))
         elif self.runtime.is_valid():
             self._send_reply(item.reply, reply)
         else:

@@ -19,6 +19,7 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from secrets import token_hex
 from typing import Any
 
@@ -30,6 +31,7 @@ from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import assets, rpc
 from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.micro import Endpoint, MicroService
 from foundation_nats.bus.streams import StreamReader
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.membership import Membership
@@ -133,6 +135,7 @@ class NodeManager:
         self._host: Host | None = None
         self._validity: Validity | None = None
         self._rejoining = False
+        self._micro: MicroService | None = None
         self._draining = False
         self._cpu = 0.0
 
@@ -204,6 +207,7 @@ class NodeManager:
         }
         for verb, handler in verbs.items():
             rpc.serve(bus, scope, self._subjects.control_node(self.name, verb), handler)
+        self._micro = self._announce(bus)
         scope.start(trimmer.run(), "trimmer")
         expander = Expander(
             bus, self._subjects, registry, full_patience_s=config.mailbox.full_patience_s
@@ -212,6 +216,21 @@ class NodeManager:
         self._controller = Controller(bus, self._subjects, config, membership, registry)
         await self._controller.open(scope)
         self._log.info("node is up", incarnation=joined.incarnation, workers=len(self._worker_ids))
+
+    def _announce(self, bus: Bus) -> MicroService:
+        """Be seen by ``nats micro ls``."""
+        return MicroService(
+            bus,
+            name="foundation-node",
+            id=self.name,
+            version=version("foundation-nats"),
+            description=f"Node of the cluster {self._config.cluster}; hosts agents.",
+            metadata={"cluster": self._config.cluster, "node": self.name},
+            endpoints=[
+                Endpoint(verb, self._subjects.control_node(self.name, verb))
+                for verb in ("ping", "inspect", "heartbeat", "validate")
+            ],
+        )
 
     def _orders(self, incarnation: int) -> list[WorkerOrders]:
         return [
@@ -363,6 +382,8 @@ class NodeManager:
                     await membership.leave()
         if self._validity is not None:
             self._validity.close()
+        if self._micro is not None:
+            self._micro.close()
         await self._workers.close()
         if self._scope is not None:
             await self._scope.close()

@@ -362,6 +362,55 @@ async def test_a_node_name_is_taken_while_its_node_lives(nodes: TestCluster) -> 
     assert first.is_running
 
 
+async def test_every_ask_is_answered_while_commits_are_in_flight(nodes: TestCluster) -> None:
+    """Questions that change nothing, put right behind signals that do: none waits for ever."""
+    cluster = nodes.client
+    await cluster.agents.start("fleet:Counter", id="c")
+    for round_number in range(1, 40):
+        await cluster.send("c", "counter.add", {"amount": 1})
+        answers = await asyncio.gather(
+            *(cluster.ask("c", "counter.get", timeout=3) for _ in range(8))
+        )
+        assert set(answers) == {round_number}
+
+
+async def test_declared_capacity_is_never_exceeded(nodes: TestCluster) -> None:
+    """Three slots: three agents run, the others say per node why not, and start when there is room."""
+    cluster = nodes.client
+    nodes.start_node("n2", "--label", "cap=yes", "--capacity", "slots=3")
+    await nodes.wait_up(["n1", "n2"])
+    text = """
+version: 1
+agents:
+  - {name: c, run: "fleet:Counter", replicas: 5, placement: {labels: {cap: "yes"}}}
+"""
+    await cluster.deployments.apply(text)
+    with pytest.raises(NotSettledError, match="slots") as caught:
+        await cluster.deployments.wait_settled(["c"], timeout=3)
+    assert caught.value.details["reasons"]
+    infos = await cluster.agents.list()
+    assert sorted(info.status for info in infos) == ["pending"] * 2 + ["running"] * 3
+    nodes.start_node("n3", "--label", "cap=yes", "--capacity", "slots=2")
+    await cluster.deployments.wait_settled(["c"], timeout=20)
+    homes = [info.node for info in await cluster.agents.list()]
+    assert homes.count("n2") == 3
+    assert homes.count("n3") == 2
+
+
+async def test_nodes_are_seen_as_a_nats_micro_service(nodes: TestCluster) -> None:
+    """What `nats micro ls`, `info` and `stats` ask is answered in their types."""
+    import orjson
+
+    bus = nodes.client.bus
+    for verb in ("PING", "INFO", "STATS"):
+        for subject in (f"$SRV.{verb}", f"$SRV.{verb}.foundation-node.n1"):
+            body = orjson.loads((await bus.request(subject, b"")).data)
+            assert body["type"] == f"io.nats.micro.v1.{verb.lower()}_response"
+            assert (body["name"], body["id"]) == ("foundation-node", "n1")
+    info = orjson.loads((await bus.request("$SRV.INFO.foundation-node", b"")).data)
+    assert "fnd.test.control.node.n1.ping" in {point["subject"] for point in info["endpoints"]}
+
+
 async def test_lost_live_copies_are_caught_up(nodes: TestCluster) -> None:
     """Every third live copy is dropped on purpose: the stream is read instead."""
     cluster = nodes.client
