@@ -81,7 +81,7 @@ from foundation_schemas import (
 
 RECORD_TTL_S = 60.0
 RECORD_EVERY_S = 20.0
-_TICK_S = 0.1
+_TICK_S = 0.05
 _LAG_MIN_S = 0.05
 _LAG_MEMORY_S = 5.0
 _JOIN_PINGS = 3
