@@ -8,6 +8,7 @@ import pytest
 
 from foundation_nats import FoundationError
 from foundation_nats.testing import TestCluster, eventually
+from foundation_nats.testing.links import Link
 from tests.cluster import load as workload
 from tests.conftest import AGENTS
 
@@ -99,3 +100,39 @@ async def test_a_frozen_worker_is_killed_and_its_agents_recovered() -> None:
 
         await eventually(answers, timeout=20, message="it answers with both signals applied")
         assert (await cluster.agents.get("visits")).epoch == 2
+
+
+async def test_a_node_cut_off_in_silence_is_replaced_and_comes_back() -> None:
+    """Packets are swallowed, nothing is closed: it fences itself, is replaced, and heals (R-14)."""
+    async with TestCluster(nodes=2, workers=1, path=[str(AGENTS)], settings=QUICK) as nodes:
+        cluster = nodes.client
+        host, port = nodes.server.url.removeprefix("nats://").split(":")
+        async with await Link.open(host, int(port)) as link:
+            nodes.start_node("far", environment={"FOUNDATION_BUS__SERVERS": link.url})
+            await nodes.wait_up(["n1", "n2", "far"])
+            await workload.deploy(nodes)
+            load = workload.Load(cluster)
+            load.start()
+            await eventually(lambda: load.receipts > 100, message="load flows")
+            incarnation = (await cluster.nodes.get("far")).incarnation
+            held = {info.id for info in await cluster.agents.list(node="far")}
+            assert held, "void: the far node hosts nothing"
+            link.hold()
+
+            async def moved() -> bool:
+                infos = {info.id: info for info in await cluster.agents.list()}
+                return all(infos[id].node != "far" and infos[id].status == "running" for id in held)
+
+            await eventually(moved, timeout=30, message="its agents run elsewhere")
+            assert nodes.nodes["far"].is_running
+            link.release()
+
+            async def back() -> bool:
+                node = await cluster.nodes.get("far")
+                return node.status == "up" and node.incarnation > incarnation
+
+            await eventually(back, timeout=40, message="it joins again under a new incarnation")
+            history = await load.stop()
+            await workload.verdict(nodes, history)
+            await workload.everyone_runs_once(nodes)
+            nodes.nodes["far"].kill_all()
