@@ -19,7 +19,8 @@ QUICK = {
 }
 
 
-async def test_a_frozen_node_is_fenced_and_drops_its_copies() -> None:
+@pytest.mark.parametrize("leads", [False, True])
+async def test_a_frozen_node_is_fenced_and_drops_its_copies(leads: bool) -> None:
     """SIGSTOP until its agents have moved, SIGCONT: it writes nothing, answers nothing, joins anew."""
     async with TestCluster(nodes=3, workers=1, path=[str(AGENTS)], settings=QUICK) as nodes:
         cluster = nodes.client
@@ -30,7 +31,7 @@ async def test_a_frozen_node_is_fenced_and_drops_its_copies() -> None:
         load.start()
         await eventually(lambda: load.receipts > 100, message="load flows")
         leader = await nodes.leader()
-        victim = next(node for node in nodes.nodes.values() if node is not leader)
+        victim = next(node for node in nodes.nodes.values() if (node is leader) == leads)
         incarnation = (await cluster.nodes.get(victim.name)).incarnation
         held = {info.id: info.epoch for info in await cluster.agents.list(node=victim.name)}
         assert held, "void: the victim hosts nothing"
