@@ -229,8 +229,9 @@ class EmbeddedServer:
                 hint="Use 127.0.0.1, or a NATS cluster of your own for more than one machine.",
             )
         binary = find_binary()
+        _remove_abandoned()
         if config.store is None:
-            self._private = Path(tempfile.mkdtemp(prefix="foundation-nats-"))
+            self._private = _temporary("nats")
             self.store = self._private
         else:
             self.store = config.store.expanduser().resolve()
@@ -243,7 +244,7 @@ class EmbeddedServer:
                 ) from error
         try:
             self._take_lock()
-            self._run = Path(tempfile.mkdtemp(prefix="foundation-run-"))
+            self._run = _temporary("run")
             await self._launch(binary)
         except BaseException:
             await self.stop()
@@ -456,6 +457,25 @@ jetstream {{
         trace: TracebackType | None,
     ) -> None:
         await self.stop()
+
+
+def _temporary(kind: str) -> Path:
+    """A private directory whose name tells whose it is."""
+    return Path(tempfile.mkdtemp(prefix=f"foundation-{kind}-{os.getpid()}-"))
+
+
+def _remove_abandoned() -> None:
+    """Remove what processes that were killed could not remove themselves."""
+    for path in Path(tempfile.gettempdir()).glob("foundation-*-*-*"):
+        kind, owner = path.name.split("-")[1:3]
+        if kind not in ("nats", "run") or not owner.isdigit():
+            continue
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except PermissionError:
+            continue  # somebody else's, and alive
 
 
 def _quoted(value: object) -> str:

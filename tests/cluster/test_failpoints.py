@@ -36,8 +36,8 @@ CHAOS = {
 
 async def crash_at(point: str, passes: int) -> None:
     """Run the load over a node that crashes at *point*, again and again."""
-    room = 100 if point.startswith("trim") else 2000
-    settings = {"mailbox": {"trim_every_s": 0.3, "trim_min_age_s": 0.5, "mailbox_max": room}}
+    room = 40 if point.startswith("trim") else 2000
+    settings = {"mailbox": {"trim_every_s": 0.1, "trim_min_age_s": 0.1, "mailbox_max": room}}
     async with TestCluster(nodes=0, workers=1, path=[str(AGENTS)], settings=settings) as nodes:
         # Started first, so that it leads and the leader's points are passed too.
         nodes.start_node(
