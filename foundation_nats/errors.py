@@ -18,7 +18,9 @@
     │   ├── AlreadyExistsError
     │   ├── NodeNameTakenError
     │   ├── StaleRevisionError          re-read and decide again
-    │   └── FencedError                 your epoch is over: stop, do not retry
+    │   ├── FencedError                 your epoch is over: stop, do not retry
+    │   ├── LockLostError               the lock is not yours any more
+    │   └── LockTimeoutError            retryable   somebody else held the lock all the time
     ├── NotFoundError
     │   ├── AgentNotFoundError
     │   ├── NodeNotFoundError
@@ -165,6 +167,19 @@ class FencedError(ConflictError):
     """A newer activation owns the agent: stop, do not retry."""
 
     code = "conflict.fenced"
+
+
+class LockLostError(ConflictError):
+    """The lock is not held any more: stop what it protected."""
+
+    code = "lock.lost"
+
+
+class LockTimeoutError(ConflictError):
+    """Somebody else held the lock for the whole time."""
+
+    code = "lock.timeout"
+    retryable = True
 
 
 class NotFoundError(FoundationError):

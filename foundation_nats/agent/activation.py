@@ -42,7 +42,7 @@ from foundation_nats.agent.agent import (
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.state import dump_state, load_state
 from foundation_nats.base.clock import utc_text
-from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.bus.rpc import REPLY_PREFIX, error_body, to_json
 from foundation_nats.bus.streams import PubAck, StoredMessage
 from foundation_nats.bus.wire import Message, Route
@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 _UNCOMMITTED_MAX = 256
 _TRACEBACK_MAX = 8000
+_NOT_VALID_S = 0.2
+"""Between two looks whether what is stored may be published again."""
 
 
 @dataclass(slots=True)
@@ -161,8 +163,8 @@ class Activation:
         self.recovered = recovered
         self.recovered_at = ""
         """The server's time of the record whose outbox this activation recovers."""
-        self.held = bool(outbox)
-        """Nothing is published before the recovered outbox was compared with the streams."""
+        self.held = list(outbox) if outbox else None
+        """What is stored and waits until the recovered outbox was compared with the streams."""
         self.recovering = bool(outbox)
         """Some of the recovered outbox is not published yet."""
         self.state_json = state_json
@@ -690,7 +692,7 @@ class Activation:
             state=self.state_json,
             salt=self.salt,
             emitted=self.emitted,
-            outbox=items,
+            outbox=[] if planted("drop_outbox") else items,
             attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
             outbox_since=self.recovered_at if self.recovering else "",
         )
@@ -768,7 +770,8 @@ class Activation:
 
         While it is not known which of the recovered ones were published before, all wait.
         """
-        if self.held:
+        if self.held is not None:
+            self.held = items
             return
         if self._waiting is None:
             self._waiting = {}
@@ -787,17 +790,15 @@ class Activation:
             return
         line = self._waiting[subject]
         item = line[0]
+        if not self.runtime.is_valid():
+            # Perhaps replaced long ago: then the successor publishes it, from the record.
+            self.runtime.publish_again_after(_NOT_VALID_S, self, subject)
+            return
 
         def on_ack(ack: PubAck | FoundationError) -> None:
             if isinstance(ack, PubAck):
                 failpoint("outbox.mid")
-                if self.outbox.pop(item.msg_id, None) is not None:
-                    self.outbox_bytes -= len(item.body)
-                line.popleft()
-                if line:
-                    self._publish_head(subject)
-                else:
-                    self._published(subject)
+                self._acknowledged(subject, line, item)
             else:
                 self.runtime.publish_later(self, subject, item, ack)
 
@@ -807,6 +808,27 @@ class Activation:
         """Try the head of *subject*'s line once more."""
         if self._waiting is not None and subject in self._waiting:
             self._publish_head(subject)
+
+    def publish_late(self, subject: str, item: OutboxItem, is_stored: bool) -> None:
+        """The stream was searched for the head of *subject*'s line: go on with what it said."""
+        if self._waiting is None or self.failure is not None:
+            return
+        line = self._waiting.get(subject)
+        if not line or line[0] is not item:
+            return
+        if is_stored:
+            self._acknowledged(subject, line, item)
+        else:
+            self._publish_head(subject)
+
+    def _acknowledged(self, subject: str, line: deque[OutboxItem], item: OutboxItem) -> None:
+        if self.outbox.pop(item.msg_id, None) is not None:
+            self.outbox_bytes -= len(item.body)
+        line.popleft()
+        if line:
+            self._publish_head(subject)
+        else:
+            self._published(subject)
 
     def give_up_publishing(self, subject: str, error: FoundationError) -> None:
         """Its receiver is full for too long: the signal becomes a dead letter of the receiver.
@@ -859,9 +881,10 @@ class Activation:
 
     def publish_recovered(self) -> None:
         """Publish what the record of the earlier activation had not yet published."""
-        self.held = False
-        if self.outbox:
-            self._publish(list(self.outbox.values()))
+        items, self.held = self.held, None
+        if items:
+            # Not the whole outbox: what was emitted since and is not stored must not leave.
+            self._publish(items)
 
     # ---- end --------------------------------------------------------------------
 

@@ -5,17 +5,19 @@ an id only after its duplicate window, so a recovery soon after the crash just
 publishes again. Later the receivers' mailboxes are searched for the ids, from
 the time of the record on: an activation clears a published outbox within a
 second, so what it still held when it ended was emitted in its last moments,
-and consumed signals are kept for `trim_min_age_s` as evidence.
+and consumed signals are kept for `trim_min_age_s` as evidence. The same search
+comes before a living activation's own late retry.
 
 All times compared here are the server's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from foundation_nats.agent.record import OutboxItem
 from foundation_nats.bus.streams import StreamReader
 
 if TYPE_CHECKING:
@@ -52,12 +54,33 @@ async def drop_published(
     if not stored_at or "ts" not in info:
         return
     age = parse_time(info["ts"]) - parse_time(stored_at)
-    if age < timedelta(seconds=window_s * _SAFE_SHARE):
+    if is_repeat_remembered(age.total_seconds(), window_s):
         return
-    start = parse_time(stored_at) - timedelta(seconds=1)
-    start_text = start.isoformat().replace("+00:00", "Z")
+    items = list(activation.outbox.values())
+    for msg_id in await find_stored(reader_of, items, parse_time(stored_at)):
+        item_found = activation.outbox.pop(msg_id, None)
+        if item_found is not None:
+            activation.outbox_bytes -= len(item_found.body)
+
+
+def is_repeat_remembered(age_s: float, window_s: float) -> bool:
+    """Whether the stream surely still knows the id of what was published *age_s* ago."""
+    return age_s < window_s * _SAFE_SHARE
+
+
+async def find_stored(
+    reader_of: Callable[[str], StreamReader | None],
+    items: Sequence[OutboxItem],
+    since: datetime,
+) -> set[str]:
+    """The ids of *items* that the streams hold, stored after *since* of the server's time.
+
+    Raises:
+        BusTimeoutError, BusUnavailableError
+    """
+    start_text = (since - timedelta(seconds=1)).isoformat().replace("+00:00", "Z")
     by_subject: dict[str, set[str]] = {}
-    for item in activation.outbox.values():
+    for item in items:
         by_subject.setdefault(item.subject, set()).add(item.msg_id)
     found: set[str] = set()
     for subject, wanted in by_subject.items():
@@ -70,7 +93,4 @@ async def drop_published(
             if not more or not messages or wanted <= found:
                 break
             messages, more = await reader.page(subject, messages[-1].sequence + 1)
-    for msg_id in found:
-        item_found = activation.outbox.pop(msg_id, None)
-        if item_found is not None:
-            activation.outbox_bytes -= len(item_found.body)
+    return found

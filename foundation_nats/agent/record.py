@@ -25,6 +25,8 @@ class OutboxItem:
     body: bytes
     refused_since: float | None = None
     """Since when its receiver has no room, on `monotonic`."""
+    tried_since: float | None = None
+    """When this activation first tried to publish it, on `monotonic`."""
 
 
 def encode_record(

@@ -1,10 +1,13 @@
-"""Named points at which a test may crash, freeze or fail this process.
+"""Named points at which a test may crash, freeze or fail this process, and bugs it may plant.
 
 ``FOUNDATION_FAILPOINTS="commit.before_cas=kill;claim.read=1in5(sleep(2))"``
 makes the named points act: ``kill`` (SIGKILL to oneself), ``raise``,
 ``sleep(S)`` (blocks the whole process, as a freeze would), each optionally as
 ``after(N,ACTION)`` (from the N-th passing on) or ``1inN(ACTION)``. Without the variable a point costs one
 call of an empty function.
+
+``FOUNDATION_TEST_BUG="drop_outbox"`` removes one safeguard on purpose, so that
+a test can show that a checker notices. Whoever starts with it is warned.
 """
 
 from __future__ import annotations
@@ -98,6 +101,19 @@ def parse(text: str) -> dict[str, Callable[[], None]]:
     return points
 
 
+BUGS = frozenset(
+    {
+        "skip_epoch_check",
+        "ack_before_store",
+        "drop_outbox",
+        "double_expand",
+        "trim_past_cursor",
+        "reserve_without_cas",
+        "answer_after_deadline",
+    }
+)
+"""Every safeguard that can be removed."""
+
 _SPEC = os.environ.get("FOUNDATION_FAILPOINTS", "")
 
 if _SPEC:
@@ -113,3 +129,25 @@ else:
 
     def failpoint(name: str) -> None:
         """Do nothing: no failpoints are set in this process."""
+
+
+_BUGS = frozenset(filter(None, os.environ.get("FOUNDATION_TEST_BUG", "").split(",")))
+
+if _BUGS:
+    if not _BUGS <= BUGS:
+        raise ValueError(f"unknown bug in FOUNDATION_TEST_BUG: {', '.join(sorted(_BUGS - BUGS))}")
+
+    def planted(name: str) -> bool:
+        """Whether the safeguard *name* is removed in this process."""
+        return name in _BUGS
+
+else:
+
+    def planted(name: str) -> bool:
+        """No: every safeguard is in place."""
+        return False
+
+
+def planted_bugs() -> frozenset[str]:
+    """The safeguards that are removed in this process."""
+    return _BUGS

@@ -425,6 +425,10 @@ jetstream {{
             self._process.kill()
             self._process.wait()
 
+    async def end(self) -> None:
+        """SIGTERM, and wait for its end; `restart` brings it back on the same store and port."""
+        await self._end(signal.SIGTERM)
+
     def pause(self) -> None:
         """SIGSTOP."""
         if self._process is not None:

@@ -6,6 +6,11 @@ made to match the records, and what workers report is written back by
 compare-and-set. A record that has moved on (a newer epoch, another node) wins
 over any report. The node itself refuses what would exceed its declared
 capacity, whoever assigned it (P5).
+
+Orders to a worker may be lost with it, or overtake each other. So they are
+given one after the other, repeated until they are taken, and every few seconds
+a worker's fingerprint is compared with what it should hold; where they differ
+for long, the worker is asked what it really has, and told what to change.
 """
 
 from __future__ import annotations
@@ -22,12 +27,14 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.registry import Change, Held, Registry
 from foundation_nats.errors import BusError, FoundationError, StaleRevisionError
+from foundation_nats.node.hosting import mark
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.workers import Workers
 from foundation_schemas import (
     AgentRecord,
     AgentReport,
     AgentStatus,
+    InspectReply,
     Load,
     RecoveredFrom,
     StartRequest,
@@ -37,6 +44,8 @@ from foundation_schemas import (
 
 _CHUNK = 200
 _RETRY_S = 0.2
+_AUDIT_EVERY_S = 3.0
+_ORDER_TIMEOUT_S = 5.0
 _SLOTS = "slots"
 
 Emit = Callable[..., None]
@@ -50,7 +59,7 @@ class Placed:
     epoch: int
     record: AgentRecord
     told: bool = False
-    """Its worker has accepted the order to start it."""
+    """The order to start it is on its way to its worker, or there."""
 
 
 def needs(record: AgentRecord) -> dict[str, float]:
@@ -90,6 +99,17 @@ class Host:
         self._lost: dict[str, str] = {}
         """Agents whose worker died: id to the worker."""
         self._loads: dict[str, Load] = {}
+        self._unstopped: dict[str, dict[str, int]] = {}
+        """Worker to agents that it may still hold and must not (id to epoch)."""
+        self._orders: dict[str, asyncio.Lock] = {}
+        self._ordering: dict[str, set[asyncio.Task[None]]] = {}
+        self._expected: dict[str, int] = {}
+        """Worker to the fingerprint of what is placed on it."""
+        self._seen: dict[str, int] = {}
+        """Worker to the fingerprint that it reported last."""
+        self._doubted: dict[str, tuple[int, int]] = {}
+        """Worker to (expected, seen) at the last audit, where they differed."""
+        self._scope: TaskScope | None = None
         self._wake = asyncio.Event()
         self._draining: str | None = None
         self._log = get_logger("host").bind(node=node)
@@ -97,12 +117,16 @@ class Host:
     def open(self, scope: TaskScope, incarnation: int) -> None:
         """Begin to follow the registry."""
         self._incarnation = incarnation
+        self._scope = scope
         self._counts = dict.fromkeys(self._workers.ids, 0)
+        self._expected = dict.fromkeys(self._workers.ids, 0)
+        self._orders = {worker: asyncio.Lock() for worker in self._workers.ids}
         self._registry.subscribe(self._on_change)
         self._touch_mine()
         subject = self._subjects.control_node(self._node, "report")
         rpc.serve(self._bus, scope, subject, self._on_report)
         scope.start(self._run(), "host")
+        scope.start(self._audit_loop(), "audit")
 
     def _touch_mine(self) -> None:
         self._touched.update(held.record.id for held in self._registry.on_node(self._node))
@@ -135,6 +159,7 @@ class Host:
         if report.incarnation != self._incarnation:
             return
         self._loads[report.worker] = report.load
+        self._seen[report.worker] = report.fingerprint
         forgetful = [
             agent
             for agent in report.consumed
@@ -158,7 +183,7 @@ class Host:
     def worker_died(self, worker: str, cause: str) -> None:
         """A worker is gone, and with it the activations in it."""
         lost = [agent for agent, placed in self._placed.items() if placed.worker == worker]
-        self._loads.pop(worker, None)
+        self._forget_worker(worker)
         self._lost.update((agent, worker) for agent in lost)
         self._emit(
             "worker",
@@ -170,9 +195,23 @@ class Host:
         )
         self._wake.set()
 
+    def _forget_worker(self, worker: str) -> None:
+        """What was on its way to a dead process is lost, and so is what it had."""
+        self._loads.pop(worker, None)
+        self._seen.pop(worker, None)
+        self._doubted.pop(worker, None)
+        self._unstopped.pop(worker, None)
+        for task in self._ordering.pop(worker, ()):
+            task.cancel()
+        for placed in self._placed.values():
+            if placed.worker == worker:
+                placed.told = False
+
     def new_incarnation(self, incarnation: int) -> None:
         """This node was declared down and begins a new life: it holds nothing any more."""
         self._incarnation = incarnation
+        for worker in self._workers.ids:
+            self._forget_worker(worker)
         for agent in list(self._placed):
             self._unplace(agent)
         self._reports.clear()
@@ -344,7 +383,7 @@ class Host:
         """Make the workers hold what the records say."""
         touched, self._touched = self._touched, set()
         starts: dict[str, list[AgentRecord]] = {}
-        stops: dict[str, dict[str, int]] = {}
+        stops, self._unstopped = self._unstopped, {}
         refused: list[Change] = []
         ready = self._workers.ready()
         for agent in touched:
@@ -390,11 +429,10 @@ class Host:
                     continue
                 placed = self._place(held.record, previous)
             if not placed.told and placed.worker in ready:
+                placed.told = True
                 starts.setdefault(placed.worker, []).append(held.record)
-        await asyncio.gather(
-            *(self._tell_stop(worker, agents) for worker, agents in stops.items()),
-            *(self._tell_start(worker, records) for worker, records in starts.items()),
-        )
+        for worker in {*stops, *starts}:
+            self._order(worker, stops.get(worker, {}), starts.get(worker, []))
         if refused:
             await self._registry.write_many(refused)
 
@@ -429,6 +467,7 @@ class Host:
         placed = Placed(worker, record.epoch, record)
         self._placed[record.id] = placed
         counts[worker] += 1
+        self._expected[worker] ^= mark(record.id, record.epoch)
         for name, amount in needs(record).items():
             self._used[name] = self._used.get(name, 0.0) + amount
         return placed
@@ -438,9 +477,27 @@ class Host:
         if placed is None:
             return
         self._counts[placed.worker] -= 1
+        self._expected[placed.worker] ^= mark(agent, placed.epoch)
         self._trimmer.forget(agent)
         for name, amount in needs(placed.record).items():
             self._used[name] = self._used.get(name, 0.0) - amount
+
+    def _order(self, worker: str, stops: dict[str, int], starts: list[AgentRecord]) -> None:
+        """Send these orders after those that are on their way to the worker; doesn't wait."""
+        assert self._scope is not None
+        task = self._scope.start(self._give_orders(worker, stops, starts), f"orders.{worker}")
+        tasks = self._ordering.setdefault(worker, set())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _give_orders(
+        self, worker: str, stops: dict[str, int], starts: list[AgentRecord]
+    ) -> None:
+        async with self._orders[worker]:
+            if stops:
+                await self._tell_stop(worker, stops)
+            if starts:
+                await self._tell_start(worker, starts)
 
     async def _tell_start(self, worker: str, records: list[AgentRecord]) -> None:
         subject = self._subjects.control_worker(worker, "start")
@@ -448,26 +505,82 @@ class Host:
             chunk = records[start : start + _CHUNK]
             request = StartRequest(incarnation=self._incarnation, agents=chunk)
             try:
-                await rpc.tell(self._bus, subject, request, timeout=5.0)
+                await rpc.tell(self._bus, subject, request, timeout=_ORDER_TIMEOUT_S)
             except FoundationError as error:
                 self._log.info("worker not told to start yet", worker=worker, error=str(error))
+                for record in chunk:
+                    placed = self._placed.get(record.id)
+                    if placed is not None and placed.epoch == record.epoch:
+                        placed.told = False
                 self._touched.update(record.id for record in chunk)
                 asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
-                continue
-            for record in chunk:
-                placed = self._placed.get(record.id)
-                if placed is not None and placed.epoch == record.epoch:
-                    placed.told = True
 
     async def _tell_stop(self, worker: str, agents: dict[str, int]) -> None:
         subject = self._subjects.control_worker(worker, "stop")
         request = StopRequest(agents=agents, reason=self._draining or "stopped")
         try:
-            await rpc.tell(self._bus, subject, request, timeout=5.0)
+            await rpc.tell(self._bus, subject, request, timeout=_ORDER_TIMEOUT_S)
         except FoundationError as error:
             self._log.info("worker not told to stop yet", worker=worker, error=str(error))
-            self._touched.update(agents)
+            waiting = self._unstopped.setdefault(worker, {})
+            for agent, epoch in agents.items():
+                waiting[agent] = max(epoch, waiting.get(agent, 0))
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    # ---- audit --------------------------------------------------------------------
+
+    async def _audit_loop(self) -> None:
+        """Find and mend what workers hold otherwise than they should, however it came about."""
+        while True:
+            await asyncio.sleep(_AUDIT_EVERY_S)
+            for worker in self._workers.ready():
+                seen = self._seen.get(worker)
+                pair = (self._expected[worker], seen or 0)
+                if seen is None or seen == self._expected[worker] or self._draining is not None:
+                    self._doubted.pop(worker, None)
+                elif self._doubted.get(worker) != pair:
+                    self._doubted[worker] = pair  # it may be about to change
+                else:
+                    await self._audit(worker)
+
+    async def _audit(self, worker: str) -> None:
+        subject = self._subjects.control_worker(worker, "inspect")
+        try:
+            reply = await rpc.call(self._bus, subject, None, InspectReply, timeout=2.0)
+        except FoundationError as error:
+            self._log.debug("audit put off", worker=worker, error=str(error))
+            return
+        if reply.incarnation != self._incarnation:
+            return
+        extra = {
+            agent: epoch
+            for agent, epoch in reply.agents.items()
+            if (placed := self._placed.get(agent)) is None
+            or placed.worker != worker
+            or placed.epoch > epoch
+        }
+        missing = [
+            agent
+            for agent, placed in self._placed.items()
+            if placed.worker == worker
+            and placed.told
+            and agent not in reply.agents
+            and (held := self._registry.get(agent)) is not None
+            and held.record.epoch == placed.epoch
+            and held.record.status is AgentStatus.RUNNING
+        ]
+        if extra or missing:
+            self._log.warning(
+                "worker holds other agents than it should; mended",
+                worker=worker,
+                extra=sorted(extra)[:10],
+                missing=missing[:10],
+            )
+        waiting = self._unstopped.setdefault(worker, {})
+        for agent, epoch in extra.items():
+            waiting[agent] = max(epoch, waiting.get(agent, 0))
+        self._lost.update((agent, worker) for agent in missing)
+        self._wake.set()
 
     # ---- end ----------------------------------------------------------------------
 

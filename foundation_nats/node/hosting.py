@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from zlib import crc32
 
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.connection import Bus
@@ -49,6 +50,9 @@ class Workload(Protocol):
     def running(self) -> dict[str, int]:
         """Id to epoch of every activation in memory."""
 
+    def fingerprint(self) -> int:
+        """`mark` of every activation in memory, by exclusive or."""
+
     def backlog(self) -> int:
         """Signals received and not yet handled."""
 
@@ -57,6 +61,11 @@ class Workload(Protocol):
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind ``module:Class`` in this process."""
+
+
+def mark(agent: str, epoch: int) -> int:
+    """An activation's part of a worker's fingerprint."""
+    return crc32(f"{agent}:{epoch}".encode())
 
 
 WorkloadFactory = Callable[[HostContext], Workload]

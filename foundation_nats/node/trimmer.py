@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from foundation_nats.base.clock import monotonic
-from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.streams import StreamReader
 from foundation_nats.bus.subjects import Subjects
@@ -118,7 +118,8 @@ class Trimmer:
     async def _trim(self, agent: str, entry: Consumed, mark: Mark) -> None:
         failpoint("trim.before")
         try:
-            await self._signals.purge(self._subjects.mailbox(agent), below=mark.cursor + 1)
+            past = 10_000 if planted("trim_past_cursor") else 0
+            await self._signals.purge(self._subjects.mailbox(agent), below=mark.cursor + 1 + past)
         except BusError as error:
             self._log.debug("trimming put off", agent=agent, error=str(error))
             return

@@ -178,6 +178,7 @@ class Worker:
                 number=self._number,
                 changes=changes,
                 consumed=consumed,
+                fingerprint=self._workload.fingerprint(),
                 load=Load(
                     agents=len(self._workload.running()),
                     backlog=self._workload.backlog(),

@@ -20,7 +20,7 @@ from secrets import token_hex
 import orjson
 
 from foundation_nats.base.clock import utc_text
-from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.assets import EXPANDER
 from foundation_nats.bus.connection import Bus
@@ -200,6 +200,8 @@ class Expander:
             if index == len(agents) // 2:
                 failpoint("expand.mid")
             msg_id = blake2b(f"{key}\n{agent}".encode(), digest_size=16).hexdigest()
+            if planted("double_expand"):
+                msg_id = token_hex(16)
             try:
                 append_nowait(
                     self._bus,

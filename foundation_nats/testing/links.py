@@ -7,7 +7,8 @@ still answers; a held one stays silent with its connections open, as a broken
 network does. Both directions can be held and delayed on their own: ``up`` is
 from client to server, ``down`` from server to client. The port stays ours while
 the link is cut. What was under way in a connection that is cut is lost; what is
-held is delivered at `Link.release`.
+held is delivered at `Link.release`. A link opened with *mangles* can also drop,
+double and swap live copies on their way to the client (`Link.mangle`).
 
 Not guaranteed: the proxy and the kernel buffer some bytes of a held direction,
 so a writer notices back-pressure late.
@@ -17,10 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
+
+from foundation_nats.testing.mangling import Mangler, Mangling
 
 Direction = Literal["both", "up", "down"]
 
@@ -54,11 +58,21 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
         self._is_cut = True
         self._is_closed = False
+        self._mangles: random.Random | None = None
+        self._mangling: Mangling | None = None
+        self._manglers: list[Mangler] = []
 
     @classmethod
-    async def open(cls, target_host: str, target_port: int) -> Self:
-        """A link that forwards to the target; the target need not be there yet."""
+    async def open(
+        cls, target_host: str, target_port: int, *, mangles: random.Random | None = None
+    ) -> Self:
+        """A link that forwards to the target; the target need not be there yet.
+
+        Args:
+            mangles: take the stream apart into messages, so that `mangle` works; its choices.
+        """
         link = cls(target_host, target_port, _bound("127.0.0.1", 0))
+        link._mangles = mangles
         link._listen()
         return link
 
@@ -110,10 +124,22 @@ class Link:
         for lane in self._chosen(direction):
             lane.delay = seconds
 
+    def mangle(self, mangling: Mangling | None) -> None:
+        """Mangle live copies on their way to the client from now on; None ends it."""
+        if self._mangles is None:
+            raise RuntimeError("open the link with mangles=Random(…) first")
+        self._mangling = mangling
+
+    @property
+    def mangled(self) -> int:
+        """How many messages were dropped, doubled or swapped."""
+        return sum(mangler.touched for mangler in self._manglers)
+
     def heal(self) -> None:
-        """Undo `cut`, `hold` and `delay`."""
+        """Undo `cut`, `hold`, `delay` and `mangle`."""
         if self._is_closed:
             raise RuntimeError("the link is closed")
+        self._mangling = None
         self.release()
         self.delay(0)
         if self._is_cut:
@@ -183,7 +209,9 @@ class Link:
             self._add(to_server, writers)
             async with asyncio.TaskGroup() as group:
                 group.create_task(_forward(from_client, to_server, self._lanes["up"]))
-                group.create_task(_forward(from_server, to_client, self._lanes["down"]))
+                group.create_task(
+                    _forward(from_server, to_client, self._lanes["down"], self._new_mangler())
+                )
         except* OSError:
             pass  # one end is gone (or never came), and so is the connection
         finally:
@@ -191,27 +219,48 @@ class Link:
             for writer in writers:
                 writer.transport.abort()
 
+    def _new_mangler(self) -> Mangler | None:
+        if self._mangles is None:
+            return None
+        mangler = Mangler(
+            lambda: self._mangling, lambda subject: subject.endswith(".live"), self._mangles
+        )
+        self._manglers.append(mangler)
+        return mangler
+
     def _add(self, writer: asyncio.StreamWriter, writers: list[asyncio.StreamWriter]) -> None:
         writers.append(writer)
         self._writers.add(writer)
 
 
-async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: _Lane) -> None:
+async def _forward(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    lane: _Lane,
+    mangler: Mangler | None = None,
+) -> None:
     """Bytes and the end from one side to the other, each `lane.delay` after it came."""
     # Reading and writing are apart, so that a delay is latency and does not cost throughput.
     under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_CHUNKS_MAX)
     async with asyncio.TaskGroup() as group:
-        group.create_task(_take(reader, under_way, lane))
+        group.create_task(_take(reader, under_way, lane, mangler))
         group.create_task(_deliver(under_way, writer, lane))
 
 
 async def _take(
-    reader: asyncio.StreamReader, under_way: asyncio.Queue[tuple[float, bytes]], lane: _Lane
+    reader: asyncio.StreamReader,
+    under_way: asyncio.Queue[tuple[float, bytes]],
+    lane: _Lane,
+    mangler: Mangler | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     while True:
         await lane.open.wait()
         data = await reader.read(_CHUNK)
+        if data and mangler is not None:
+            data = mangler.feed(data)
+            if not data:
+                continue
         await under_way.put((loop.time() + lane.delay, data))
         if not data:
             return
@@ -231,8 +280,11 @@ async def _deliver(
             with contextlib.suppress(OSError, RuntimeError):  # it may be closed already
                 writer.write_eof()
             return
-        writer.write(data)
-        await writer.drain()
+        try:
+            writer.write(data)
+            await writer.drain()
+        except RuntimeError as error:  # uvloop's word for a connection that was aborted
+            raise ConnectionResetError(str(error)) from error
 
 
 def _bound(host: str, port: int) -> socket.socket:

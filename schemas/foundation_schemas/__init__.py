@@ -26,6 +26,7 @@ from foundation_schemas.control import (
     ValidateRequest,
     WorkerReport,
 )
+from foundation_schemas.coordination import LockRecord
 from foundation_schemas.deployment import Deployment, DeploymentStatus
 from foundation_schemas.event import ClusterEvent
 from foundation_schemas.lease import LeaseRecord
@@ -50,6 +51,7 @@ __all__ = [
     "InspectReply",
     "LeaseRecord",
     "Load",
+    "LockRecord",
     "NodeRecord",
     "NodeStatus",
     "OnNodeLoss",

@@ -100,6 +100,8 @@ class WorkerReport(WireModel):
     changes: list[AgentReport] = Field(default_factory=list)
     consumed: dict[str, tuple[int, int]] = Field(default_factory=dict)
     """Agent to (cursor, signals consumed by this activation), for trimming; those that moved."""
+    fingerprint: int = 0
+    """Of what it has in memory, so that the manager sees when that is not what it should be."""
     load: Load = Load()
 
 

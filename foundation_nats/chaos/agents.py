@@ -1,0 +1,242 @@
+"""The agents of the workloads: they write down what happened to them, for a checker to read.
+
+They are part of the installed package, so that a campaign runs on any cluster
+whose nodes have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import time
+from typing import Any, cast
+
+from pydantic import BaseModel, Field
+
+from foundation_nats import Agent, RecoveredFrom, Signal, State, on
+
+
+class Entry(BaseModel):
+    """One thing to write down."""
+
+    key: str
+
+
+class Ledger(Agent):
+    """Appends every key that it is sent, and tells its mirror because of it."""
+
+    class State(State):
+        """Every key applied, in order."""
+
+        applied: list[str] = Field(default_factory=list)
+
+    @on("chaos.append")
+    async def append(self, signal: Signal[Entry]) -> None:
+        """Write it down, and pass it on where there is a mirror."""
+        self.state.applied.append(signal.data.key)
+        pause = self.config.get("pause_s")
+        if pause:
+            await asyncio.sleep(pause)
+        mirror = self.config.get("mirror")
+        if mirror:
+            self.emit("chaos.append", {"key": signal.data.key}, to=mirror.format(self.id))
+
+    @on("chaos.length")
+    async def length(self, signal: Signal[Any]) -> int:
+        """How many keys."""
+        return len(self.state.applied)
+
+
+class Transfer(BaseModel):
+    """Move *amount* to *to*; *key* names the order."""
+
+    key: str
+    to: str
+    amount: int
+
+
+class Deposit(BaseModel):
+    """What arrives of a transfer."""
+
+    origin: str
+    amount: int
+
+
+class Account(Agent):
+    """A bank account: what it sends leaves by an emitted signal."""
+
+    class State(State):
+        """Balance, and per peer what was sent and received."""
+
+        balance: int = 0
+        opening: int = 0
+        sent: dict[str, int] = Field(default_factory=dict)
+        received: dict[str, int] = Field(default_factory=dict)
+        applied: list[str] = Field(default_factory=list)
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Open it once."""
+        if not self.state.opening:
+            self.state.opening = self.state.balance = int(self.config.get("opening", 1000))
+
+    @on("bank.transfer")
+    async def transfer(self, signal: Signal[Transfer]) -> None:
+        """Take from the balance, and send."""
+        order = signal.data
+        self.state.applied.append(order.key)
+        self.state.balance -= order.amount
+        self.state.sent[order.to] = self.state.sent.get(order.to, 0) + order.amount
+        self.emit("bank.deposit", {"origin": self.id, "amount": order.amount}, to=order.to)
+
+    @on("bank.deposit")
+    async def deposit(self, signal: Signal[Deposit]) -> None:
+        """Add to the balance."""
+        paid = signal.data
+        self.state.balance += paid.amount
+        self.state.received[paid.origin] = self.state.received.get(paid.origin, 0) + paid.amount
+
+
+class Swap(BaseModel):
+    """Replace *expected* by *new*."""
+
+    expected: int | None
+    new: int
+
+
+class Register(Agent):
+    """One value: read, write, compare and set, by asks."""
+
+    class State(State):
+        """The value; None at first."""
+
+        value: int | None = None
+
+    @on("register.read")
+    async def read(self, signal: Signal[Any]) -> int | None:
+        """The value."""
+        return cast("int | None", self.state.value)
+
+    @on("register.write")
+    async def write(self, signal: Signal[int]) -> None:
+        """Replace the value."""
+        self.state.value = signal.data
+
+    @on("register.cas")
+    async def cas(self, signal: Signal[Swap]) -> bool:
+        """Replace the value if it is as expected; whether it was."""
+        if self.state.value != signal.data.expected:
+            return False
+        self.state.value = signal.data.new
+        return True
+
+
+class Item(BaseModel):
+    """One item on its way through a pipeline."""
+
+    key: str
+    worth: int
+
+
+class Stage(Agent):
+    """Passes every item on to the next stage; the last one keeps it."""
+
+    class State(State):
+        """Every key that passed, in order, and the sum of what they are worth."""
+
+        applied: list[str] = Field(default_factory=list)
+        worth: int = 0
+
+    @on("pipeline.item")
+    async def item(self, signal: Signal[Item]) -> None:
+        """Note it, and pass it on, worth one more."""
+        self.state.applied.append(signal.data.key)
+        self.state.worth += signal.data.worth
+        following = self.config.get("next")
+        if following:
+            number = self.id.rpartition("-")[2]
+            self.emit(
+                "pipeline.item",
+                {"key": signal.data.key, "worth": signal.data.worth + 1},
+                to=f"{following}-{number}",
+            )
+
+
+class Guarded(Agent):
+    """A resource that looks at fencing tokens."""
+
+    class State(State):
+        """The highest token seen, and whose writes were accepted under which."""
+
+        token: int = 0
+        accepted: list[tuple[str, int]] = Field(default_factory=list)
+
+    @on("guarded.write")
+    async def write(self, signal: Signal[tuple[str, int]]) -> bool:
+        """Accept a write by (holder, token) unless a later token was seen."""
+        holder, token = signal.data
+        if token < self.state.token:
+            return False
+        self.state.token = token
+        self.state.accepted.append((holder, token))
+        return True
+
+
+class Saboteur(Agent):
+    """Does to its worker process what agents should not do."""
+
+    class State(State):
+        """How often it was told to."""
+
+        count: int = 0
+
+    @on("sabotage.exit")
+    async def exit(self, signal: Signal[Any]) -> None:
+        """End the process."""
+        os._exit(3)
+
+    @on("sabotage.crash")
+    async def crash(self, signal: Signal[Any]) -> None:
+        """Crash in native code."""
+        ctypes.string_at(0)
+
+    @on("sabotage.block")
+    async def block(self, signal: Signal[float]) -> None:
+        """Hold the event loop, for so many seconds."""
+        time.sleep(signal.data)
+
+    @on("sabotage.hang")
+    async def hang(self, signal: Signal[float]) -> None:
+        """Wait for so many seconds without holding the loop."""
+        await asyncio.sleep(signal.data)
+
+    @on("sabotage.leak")
+    async def leak(self, signal: Signal[int]) -> None:
+        """Take so many megabytes for good."""
+        _LEAKED.append(bytearray(signal.data * 1024 * 1024))
+
+    @on("sabotage.raise")
+    async def fail(self, signal: Signal[Any]) -> None:
+        """Fail as handlers do."""
+        raise RuntimeError("sabotaged")
+
+
+_LEAKED: list[bytearray] = []
+
+
+class Idler(Agent):
+    """Is there, and needs resources: for churn."""
+
+    class State(State):
+        """Nothing to keep but how often it was started."""
+
+        starts: int = 0
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Count it."""
+        self.state.starts += 1
+
+    @on("idler.ping")
+    async def ping(self, signal: Signal[Any]) -> int:
+        """How often it was started."""
+        return cast("int", self.state.starts)

@@ -1,0 +1,31 @@
+"""Judges of histories: pure functions from what was seen to what is wrong with it.
+
+Each returns a `Judgement`: the violations it found, how much it looked at, and
+whether it looked at everything. None decides on incomplete knowledge in the
+system's favour: what it could not decide it says.
+"""
+
+from foundation_nats.chaos.checkers.capacity import check_capacity
+from foundation_nats.chaos.checkers.effects import check_effects, check_order
+from foundation_nats.chaos.checkers.exclusion import check_exclusion, check_fencing
+from foundation_nats.chaos.checkers.judgement import Judgement
+from foundation_nats.chaos.checkers.leadership import check_false_downs, check_leadership
+from foundation_nats.chaos.checkers.linearizable import check_linearizable
+from foundation_nats.chaos.checkers.money import check_conserved, check_cut
+from foundation_nats.chaos.checkers.records import check_assignments, check_records
+
+__all__ = [
+    "Judgement",
+    "check_assignments",
+    "check_capacity",
+    "check_conserved",
+    "check_cut",
+    "check_effects",
+    "check_exclusion",
+    "check_false_downs",
+    "check_fencing",
+    "check_leadership",
+    "check_linearizable",
+    "check_order",
+    "check_records",
+]

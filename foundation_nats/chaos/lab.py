@@ -1,0 +1,247 @@
+"""The cluster that a campaign breaks: brokers, nodes behind links, and the verbs of trouble.
+
+IO. Everything is of its own making: servers, nodes and links on free ports of
+this machine. `heal` undoes whatever is broken, so that convergence can be judged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import tempfile
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+import foundation_nats.testing
+from foundation_nats import Cluster
+from foundation_nats.testing.brokers import Brokers
+from foundation_nats.testing.cluster import NodeProcess, TestCluster
+from foundation_nats.testing.links import Link
+from foundation_nats.testing.server import TestServer
+
+_SHIM = str(Path(foundation_nats.testing.__file__).parent / "clock_shim")
+_END_TIMEOUT_S = 20.0
+
+GPUS = 6
+"""What each node declares of a scarce resource."""
+
+SETTINGS: dict[str, Any] = {
+    # Faults come faster than in life, so verdicts must, too; the relations stay.
+    "liveness": {"suspect_after_s": 1.0, "down_after_s": 3.0},
+    "control": {"unavailable_grace_s": 3.0},
+    "worker": {"hang_after_s": 2.5, "restarts_max": 50},
+    "mailbox": {"trim_every_s": 0.5, "trim_min_age_s": 1.0, "mailbox_max": 5000},
+}
+
+
+class Lab:
+    """An ``async with`` around brokers, nodes and their links."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        nodes: int = 3,
+        workers: int = 1,
+        brokers: int = 1,
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        path: list[str] | None = None,
+    ) -> None:
+        self._chance = random.Random(seed)
+        self._count = nodes
+        self._brokers_count = brokers
+        self._brokers: Brokers | None = None
+        self._stack = AsyncExitStack()
+        self._settings = {**SETTINGS, **(settings or {})}
+        self._settings["replicas"] = 3 if brokers >= 3 else 1
+        self._environment = dict(environment or {})
+        self._workers = workers
+        self._path = path or []
+        self._clocks: dict[str, Path] = {}
+        self.names = [f"n{number}" for number in range(1, nodes + 1)]
+        self.servers: list[TestServer] = []
+        self.links: dict[str, list[Link]] = {}
+        """Node to its links, one per broker."""
+        self.client_links: list[Link] = []
+        self.cluster: TestCluster
+        self.clients: list[Cluster] = []
+        """Connections of the workloads; they go through `client_links`."""
+
+    @property
+    def eye(self) -> Cluster:
+        """A connection that is never disturbed, for observers and checkers."""
+        return self.cluster.client
+
+    # ---- life -------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def _open(self) -> None:
+        if self._brokers_count == 1:
+            self.servers = [await self._stack.enter_async_context(TestServer())]
+        else:
+            self._brokers = await self._stack.enter_async_context(Brokers(self._brokers_count))
+            self.servers = self._brokers.servers
+        mailbox = dict(self._settings.get("mailbox", {}))
+        mailbox.setdefault("signals_max_bytes", self.servers[0].signals_max_bytes)
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="foundation-lab-"))
+        self.cluster = TestCluster(
+            nodes=0,
+            workers=self._workers,
+            path=[*self._path, _SHIM],
+            settings={**self._settings, "mailbox": mailbox},
+            urls=[server.url for server in self.servers],
+            environment=self._environment,
+        )
+        await self._stack.enter_async_context(self.cluster)
+        for name in self.names:
+            self.links[name] = await self._open_links()
+            self._clocks[name] = Path(directory) / f"{name}.clock"
+            self.start_node(name)
+        self.client_links = await self._open_links()
+        await self.cluster.wait_up(self.names, timeout=30)
+        urls = [link.url for link in self.client_links]
+        for number in range(2):
+            client = Cluster.connect(urls, config=self.cluster.config, name=f"client-{number}")
+            self.clients.append(await self._stack.enter_async_context(client))
+
+    async def _open_links(self) -> list[Link]:
+        links = []
+        for server in self.servers:
+            host, _, port = server.url.removeprefix("nats://").partition(":")
+            link = await Link.open(host, int(port), mangles=random.Random(self._chance.random()))
+            links.append(await self._stack.enter_async_context(link))
+        # Not every node shall use the first broker.
+        self._chance.shuffle(links)
+        return links
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for server in self.servers:
+            if server.is_running:
+                server.thaw()
+        await self._stack.__aexit__(kind, error, trace)
+
+    # ---- nodes ------------------------------------------------------------------
+
+    def start_node(self, name: str) -> NodeProcess:
+        """Start the node; returns at once."""
+        return self.cluster.start_node(
+            name,
+            "--capacity",
+            f"gpu={GPUS}",
+            environment={
+                "FOUNDATION_BUS__SERVERS": ",".join(link.url for link in self.links[name]),
+                "FOUNDATION_TEST_CLOCK": str(self._clocks[name]),
+            },
+        )
+
+    def node(self, name: str) -> NodeProcess:
+        """The node's process; it may have ended."""
+        return self.cluster.nodes[name]
+
+    def running(self) -> list[str]:
+        """The nodes whose managers live."""
+        return [name for name in self.names if self.node(name).is_running]
+
+    async def leader(self) -> str | None:
+        """The node that leads, if one of ours does."""
+        lease = await self.eye.leader()
+        return lease.holder if lease is not None and lease.holder in self.names else None
+
+    def signal_worker(self, name: str, index: int, number: signal.Signals) -> psutil.Process | None:
+        """Send a signal to one worker of the node; None if it has none."""
+        workers = self.node(name).workers()
+        if not workers:
+            return None
+        worker = workers[index % len(workers)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
+        return worker
+
+    def set_clock(self, name: str, offset_s: float) -> None:
+        """Let the node's wall clock show so many seconds more."""
+        self._clocks[name].write_text(f"{offset_s}")
+
+    async def restart_node(self, name: str) -> None:
+        """Start the node anew if it has ended."""
+        node = self.node(name)
+        if node.is_running:
+            return
+        node.process.wait()
+        self.start_node(name)
+
+    # ---- brokers ----------------------------------------------------------------
+
+    def cut_off(self, server: TestServer) -> None:
+        """Part one broker from the others."""
+        assert self._brokers is not None
+        self._brokers.cut_off(server)
+
+    def join_brokers(self) -> None:
+        """Let the brokers reach each other again."""
+        if self._brokers is not None:
+            self._brokers.heal()
+
+    # ---- all --------------------------------------------------------------------
+
+    async def heal(self) -> None:
+        """Undo everything: thaw, release, restart, set clocks right."""
+        self.join_brokers()
+        for server in self.servers:
+            if server.is_running:
+                server.thaw()
+            else:
+                await server.restart()
+        for link in (
+            *self.client_links,
+            *(link for links in self.links.values() for link in links),
+        ):
+            link.heal()
+        for name in self.names:
+            self.set_clock(name, 0.0)
+            node = self.node(name)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                node.resume()
+            await self.restart_node(name)
+
+    async def wait_up(self, timeout: float) -> None:
+        """Wait until every node is up; one that gives up by itself is started again.
+
+        Raises:
+            AssertionError: not in time.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        while True:
+            for name in self.names:
+                await self.restart_node(name)
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                await self.cluster.wait_up(self.names, timeout=max(0.1, left))
+                return
+            except RuntimeError:
+                # It ended of its own accord, as it should after too many crashes.
+                if left <= 0:
+                    raise AssertionError("a node ends again and again") from None
+                await asyncio.sleep(0.2)
+
+
+__all__ = ["SETTINGS", "Lab"]

@@ -1,0 +1,219 @@
+"""List-append, pipelines and fan-out: every key that was receipted is applied once by everybody who must.
+
+All three leave lists of keys in states, and share their judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from foundation_nats import Cluster
+from foundation_nats.chaos.checkers import Judgement, check_effects, check_order
+from foundation_nats.chaos.history import History, Operation
+from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.workloads.base import (
+    Workload,
+    dead_keys,
+    in_parallel,
+    send_until_receipted,
+    states,
+)
+
+
+class _Lists(Workload):
+    """Senders that each send one key after the other to one target."""
+
+    kind = ""
+    """The signal's type."""
+    senders_per_target = 1
+    base_pause_s = 0.04
+
+    def targets(self) -> list[str]:
+        """Where signals are sent."""
+        raise NotImplementedError
+
+    def receivers(self) -> dict[str, list[str]]:
+        """Target to everybody who must apply what is sent to it."""
+        raise NotImplementedError
+
+    def payload(self, key: str) -> dict[str, Any]:
+        """The data of the signal that carries *key*."""
+        return {"key": key}
+
+    async def run(
+        self, clients: Sequence[Cluster], history: History, stopping: asyncio.Event
+    ) -> None:
+        """One signal after the other, each until it has a receipt."""
+        loops = []
+        for number, target in enumerate(self.targets()):
+            for sender in range(self.senders_per_target):
+                process = f"{self.name}.{number}.{sender}"
+                client = clients[(number + sender) % len(clients)]
+                loops.append(partial(self._send, client, history, stopping, process, target))
+        await in_parallel(loops)
+
+    async def _send(
+        self,
+        client: Cluster,
+        history: History,
+        stopping: asyncio.Event,
+        process: str,
+        target: str,
+    ) -> None:
+        count = 0
+        while not stopping.is_set():
+            count += 1
+            key = f"{process}.{count}"
+            done = await send_until_receipted(
+                client, history, stopping, process, target, self.kind, self.payload(key), key
+            )
+            if not done:
+                return
+            await asyncio.sleep(self.pause_s(self.base_pause_s))
+
+    def mine(self, history: History) -> list[Operation]:
+        """The operations of this workload."""
+        prefix = f"{self.name}."
+        return [item for item in history.operations if item.process.startswith(prefix)]
+
+    async def missing(self, eye: Cluster, history: History) -> str | None:
+        """Which receipted keys are neither applied nor dead yet."""
+        receivers = self.receivers()
+        everybody = sorted({agent for group in receivers.values() for agent in group})
+        applied = await states(eye, everybody)
+        buried = await dead_keys(eye)
+        wanted: dict[str, set[str]] = {}
+        for operation in self.mine(history):
+            if operation.outcome == "ok":
+                for agent in receivers[operation.key]:
+                    wanted.setdefault(agent, set()).add(operation.value)
+        for agent, keys in wanted.items():
+            lacking = keys - set(applied[agent].get("applied", ())) - buried.get(agent, set())
+            if lacking:
+                return f"{agent} lacks {len(lacking)} of {len(keys)}, such as {min(lacking)}"
+        return None
+
+    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+        """Exactly once, in each sender's order."""
+        receivers = self.receivers()
+        everybody = sorted({agent for group in receivers.values() for agent in group})
+        found = await states(eye, everybody)
+        applied = {agent: state.get("applied", []) for agent, state in found.items()}
+        mine = self.mine(history)
+        return [
+            check_effects(mine, applied, receivers, dead=await dead_keys(eye)),
+            check_order(mine, applied, receivers),
+        ]
+
+
+class Appends(_Lists):
+    """Ledgers that append keys to a list in their state and emit each to a mirror."""
+
+    name = "appends"
+    functions = ("send",)
+    kind = "chaos.append"
+    senders_per_target = 2
+    ledgers = 16
+
+    def targets(self) -> list[str]:
+        """The ledgers."""
+        return [f"ledger-{number}" for number in range(self.ledgers)]
+
+    def receivers(self) -> dict[str, list[str]]:
+        """The ledger, and its mirror because of it."""
+        return {name: [name, f"mirror-{name}"] for name in self.targets()}
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """Ledgers and mirrors."""
+        return [
+            {
+                "name": "ledger",
+                "run": "foundation_nats.chaos.agents:Ledger",
+                "replicas": self.ledgers,
+                "critical": True,
+                "config": {"mirror": "mirror-{}"},
+            },
+            {
+                "name": "mirror-ledger",
+                "run": "foundation_nats.chaos.agents:Ledger",
+                "replicas": self.ledgers,
+                "critical": True,
+            },
+        ]
+
+
+class Pipeline(_Lists):
+    """Three stages in a row; each item passes each once."""
+
+    name = "pipeline"
+    functions = ("send",)
+    kind = "pipeline.item"
+    base_pause_s = 0.02
+    lines = 4
+
+    def targets(self) -> list[str]:
+        """The first stages."""
+        return [f"stage-a-{number}" for number in range(self.lines)]
+
+    def receivers(self) -> dict[str, list[str]]:
+        """All three stages of the line."""
+        return {
+            f"stage-a-{number}": [f"stage-{letter}-{number}" for letter in "abc"]
+            for number in range(self.lines)
+        }
+
+    def payload(self, key: str) -> dict[str, Any]:
+        """An item."""
+        return {"key": key, "worth": 1}
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """Three deployments, one replica per line."""
+        run = "foundation_nats.chaos.agents:Stage"
+        return [
+            {
+                "name": f"stage-{letter}",
+                "run": run,
+                "replicas": self.lines,
+                "critical": True,
+                **({"config": {"next": f"stage-{following}"}} if following else {}),
+            }
+            for letter, following in (("a", "b"), ("b", "c"), ("c", ""))
+        ]
+
+
+class Fanout(_Lists):
+    """Signals to all providers of a capability; each of them applies each once."""
+
+    name = "fanout"
+    functions = ("send",)
+    kind = "chaos.append"
+    base_pause_s = 0.05
+    listeners = 6
+
+    def targets(self) -> list[str]:
+        """The capability, and the deployment behind it."""
+        return ["capability:chaos-listening", "deployment:listener"]
+
+    def receivers(self) -> dict[str, list[str]]:
+        """Everybody, for both."""
+        listeners = [f"listener-{number}" for number in range(self.listeners)]
+        return dict.fromkeys(self.targets(), listeners)
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """The listeners."""
+        return [
+            {
+                "name": "listener",
+                "run": "foundation_nats.chaos.agents:Ledger",
+                "replicas": self.listeners,
+                "critical": True,
+                "capabilities": ["chaos-listening"],
+            }
+        ]
+
+    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+        """Exactly once; no order is promised across an expansion."""
+        return (await super().judge(eye, history, observer))[:1]

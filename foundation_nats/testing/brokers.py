@@ -1,0 +1,101 @@
+"""Three nats-servers as one cluster on loopback, each pair behind links that a test can cut.
+
+Every server dials every other through a `Link` of its own and advertises an
+address where nobody is, so that gossip makes no route around the links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from foundation_nats.node.embedded import EmbeddedConfig
+from foundation_nats.testing.links import Link
+from foundation_nats.testing.server import TestServer
+
+
+class Brokers:
+    """An ``async with`` that gives a NATS cluster of *count* servers, ready for R3 streams."""
+
+    def __init__(self, count: int = 3) -> None:
+        self._count = count
+        self._stack = AsyncExitStack()
+        self._routes: dict[tuple[int, int], Link] = {}
+        self.servers: list[TestServer] = []
+
+    @property
+    def urls(self) -> list[str]:
+        """Where clients connect."""
+        return [server.url for server in self.servers]
+
+    def named(self, name: str) -> TestServer:
+        """The server that calls itself *name*."""
+        return next(server for server in self.servers if server.name == name)
+
+    def cut_off(self, server: TestServer) -> None:
+        """Swallow everything between *server* and the others; its clients still reach it."""
+        index = self.servers.index(server)
+        for pair, link in self._routes.items():
+            if index in pair:
+                link.hold()
+
+    def heal(self) -> None:
+        """Connect all servers again."""
+        for link in self._routes.values():
+            link.heal()
+
+    async def __aenter__(self) -> Self:
+        try:
+            ports = [free_port() for _ in range(self._count)]
+            for here in range(self._count):
+                for there in range(self._count):
+                    if here != there:
+                        link = await Link.open("127.0.0.1", ports[there])
+                        self._routes[here, there] = await self._stack.enter_async_context(link)
+            self.servers = [
+                TestServer(EmbeddedConfig(extra=self._settings(index, ports)))
+                for index in range(self._count)
+            ]
+            await asyncio.gather(
+                *(self._stack.enter_async_context(server) for server in self.servers)
+            )
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    def _settings(self, index: int, ports: list[int]) -> str:
+        routes = ", ".join(
+            f'"{link.url.replace("nats://", "nats-route://")}"'
+            for (here, _), link in self._routes.items()
+            if here == index
+        )
+        return (
+            f'cluster {{ name: C, listen: "127.0.0.1:{ports[index]}", advertise: "127.0.0.1:1", '
+            f"no_advertise: true, routes: [{routes}] }}"
+        )
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for server in self.servers:
+            if server.is_running:
+                server.thaw()
+        await self._stack.aclose()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+__all__ = ["Brokers", "free_port"]

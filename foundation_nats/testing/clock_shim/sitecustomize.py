@@ -1,0 +1,38 @@
+"""A per-process clock shim: the wall clock shows as many seconds more as a file says.
+
+Put this directory first on ``PYTHONPATH`` and name the file in
+``FOUNDATION_TEST_CLOCK``. Only the wall clock moves, as when an operator or NTP
+steps it; the monotonic clocks of a machine never step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+_FILE = os.environ.get("FOUNDATION_TEST_CLOCK", "")
+_EVERY_S = 0.05
+
+if _FILE:
+    _time, _time_ns, _monotonic = time.time, time.time_ns, time.monotonic
+    _seen: list[float] = [0.0, -1e9]
+
+    def _offset() -> float:
+        now = _monotonic()
+        if now - _seen[1] > _EVERY_S:
+            _seen[1] = now
+            try:
+                with open(_FILE) as file:
+                    _seen[0] = float(file.read() or 0)
+            except (OSError, ValueError):
+                _seen[0] = 0.0
+        return _seen[0]
+
+    def _shifted() -> float:
+        return _time() + _offset()
+
+    def _shifted_ns() -> int:
+        return _time_ns() + int(_offset() * 1e9)
+
+    time.time = _shifted
+    time.time_ns = _shifted_ns

@@ -1,0 +1,255 @@
+"""Publish at full speed, take the power away, and count which acknowledged messages are gone.
+
+One run: servers on disks of their own, one file stream, messages numbered 1, 2, 3 …;
+after *load_s* the power of all disks is cut at once, the servers are killed, and they are
+started again on what the disks hold. What had been acknowledged before the cut and is not
+in the stream any more is lost.
+
+The stream itself was written back before the load began (`MortalDisk.settle`), as if it had
+been made minutes ago. Runs are far shorter than the kernel's own write-back (30 s): what the
+server does not sync, it loses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foundation_nats.bus.connection import Bus
+from foundation_nats.bus.streams import PubAck, StreamReader, api, append, append_nowait
+from foundation_nats.config import BusConfig
+from foundation_nats.errors import FoundationError
+from foundation_nats.node.embedded import EmbeddedConfig
+from foundation_nats.testing import TestServer, eventually
+from foundation_nats.testing.brokers import free_port
+from foundation_nats.testing.disks import MortalDisk
+
+STREAM = "LEDGER"
+SUBJECT = "ledger"
+_DISK_MB = 384
+_PAGE = 1000
+_PAYLOAD_BYTES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How durable an acknowledgement is meant to be."""
+
+    replicas: int
+    sync_interval: str
+
+    @property
+    def name(self) -> str:
+        """As in the documents."""
+        return f"R{self.replicas}, sync {self.sync_interval}"
+
+
+MODES = [
+    Mode(replicas, interval) for replicas in (1, 3) for interval in ("2m", "100ms", "always")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one power cut cost."""
+
+    mode: str
+    acknowledged: int
+    """Messages acknowledged before the cut."""
+    rate: int
+    """Of those, per second."""
+    lost: int
+    lost_s: float
+    """From the acknowledgement of the newest survivor to the last one before the cut."""
+    survived_unacknowledged: int
+    """Stored although nobody had been told."""
+    holes: int
+    """Numbers missing below the newest survivor: must be 0."""
+    stream_gone: bool
+    ready_s: float
+    """From the restart until the stream could be read."""
+
+
+async def measure(mode: Mode, *, load_s: float = 2.0) -> Loss:
+    """One run.
+
+    Raises:
+        AssertionError: the servers don't come back, or what they hold contradicts itself.
+    """
+    async with AsyncExitStack() as stack:
+        disks = [stack.enter_context(MortalDisk(_DISK_MB)) for _ in range(mode.replicas)]
+        servers = _servers(mode, disks)
+        await asyncio.gather(*(stack.enter_async_context(server) for server in servers))
+        acked = await _load(mode, servers, disks, load_s)
+        for disk in disks:
+            disk.power_loss()
+        restarted = time.monotonic()
+        await asyncio.gather(*(server.restart() for server in servers))
+        numbers = await _survivors(servers)
+        ready_s = time.monotonic() - restarted
+    return _judge(mode, acked, numbers, load_s, ready_s)
+
+
+def _servers(mode: Mode, disks: list[MortalDisk]) -> list[TestServer]:
+    ports = [free_port() for _ in disks]
+    routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
+    return [
+        TestServer(
+            EmbeddedConfig(
+                store=disk.path,
+                sync_interval=mode.sync_interval,
+                extra=f'cluster {{ name: C, listen: "127.0.0.1:{port}", routes: [{routes}] }}'
+                if mode.replicas > 1
+                else "",
+            )
+        )
+        for disk, port in zip(disks, ports, strict=True)
+    ]
+
+
+async def _connected(stack: AsyncExitStack, servers: list[TestServer]) -> Bus:
+    bus = await Bus.connect(BusConfig(servers=tuple(s.url for s in servers)), "durability")
+    stack.push_async_callback(bus.close)
+    return bus
+
+
+async def _load(
+    mode: Mode, servers: list[TestServer], disks: list[MortalDisk], load_s: float
+) -> dict[int, float]:
+    """Number to time of its acknowledgement, as known when the power went."""
+    acked: dict[int, float] = {}
+    async with AsyncExitStack() as stack:
+        bus = await _connected(stack, servers)
+        settings: dict[str, Any] = {
+            "name": STREAM,
+            "subjects": [SUBJECT],
+            "storage": "file",
+            "num_replicas": mode.replicas,
+            "allow_direct": True,
+        }
+
+        async def created() -> bool:
+            await api(bus, "STREAM.CREATE", STREAM, settings)
+            return True
+
+        async def writable() -> bool:
+            await append(bus, SUBJECT, _payload(0), timeout=1.0)
+            return True
+
+        # Three servers elect a meta leader first, and then one of the stream.
+        await eventually(created, timeout=20, message="the stream is made")
+        await eventually(writable, timeout=20, message="the stream takes messages")
+        await api(bus, "STREAM.PURGE", STREAM)
+        for disk in disks:
+            disk.settle()
+
+        def on_ack(number: int, ack: PubAck | FoundationError) -> None:
+            if isinstance(ack, PubAck):
+                acked[number] = time.monotonic()
+
+        deadline = time.monotonic() + load_s
+        number = 0
+        while time.monotonic() < deadline:
+            if not bus.has_room:
+                await bus.wait_room()
+            for _ in range(64):
+                number += 1
+                append_nowait(
+                    bus, SUBJECT, _payload(number), lambda ack, n=number: on_ack(n, ack)
+                )
+            await asyncio.sleep(0)
+        # No turn of the loop between these lines: what the client knows now, it knew before.
+        known = dict(acked)
+        for disk in disks:
+            disk.cut()
+        for server in servers:
+            server.kill()
+    return known
+
+
+def _payload(number: int) -> bytes:
+    return str(number).encode().ljust(_PAYLOAD_BYTES)
+
+
+async def _survivors(servers: list[TestServer]) -> list[int] | None:
+    """The numbers in the stream, in its order; None: there is no stream any more."""
+    async with AsyncExitStack() as stack:
+        bus = await _connected(stack, servers)
+        reader = StreamReader(bus, STREAM)
+        names: list[str] = []
+
+        async def listed() -> bool:
+            found = await api(bus, "STREAM.NAMES")
+            names[:] = found.get("streams") or []
+            return True
+
+        await eventually(listed, timeout=20, message="JetStream is back")
+        if STREAM not in names:
+            return None
+
+        async def led() -> dict[str, Any]:
+            found = await reader.info()
+            if len(servers) > 1:
+                assert found["cluster"].get("leader")
+            # Only a leader that has applied its log takes writes.
+            await append(bus, SUBJECT, _payload(0), timeout=1.0)
+            return found
+
+        info = await eventually(led, timeout=20, message="the stream has a leader")
+        state = info["state"]
+        span = state["last_seq"] - state["first_seq"] + 1 if state["messages"] else 0
+        assert state["messages"] == span, f"the stream has gaps: {state}"
+        assert not state.get("num_deleted"), state
+        return await _read(reader)
+
+
+async def _read(reader: StreamReader) -> list[int]:
+    numbers: list[int] = []
+    start = 1
+    while True:
+        messages, pending = await reader.page(SUBJECT, start, batch=_PAGE)
+        sequences = [message.sequence for message in messages]
+        assert sequences == list(range(sequences[0], sequences[0] + len(sequences)))
+        for message in messages:
+            assert len(message.data) == _PAYLOAD_BYTES, f"{message.sequence} is damaged"
+            numbers.append(int(message.data))
+        if not pending:
+            return [number for number in numbers if number]  # 0 is not of the load
+        start = sequences[-1] + 1
+
+
+def _judge(
+    mode: Mode, acked: dict[int, float], numbers: list[int] | None, load_s: float, ready_s: float
+) -> Loss:
+    kept = set(numbers or [])
+    assert len(kept) == len(numbers or []), "a message is stored twice"
+    assert numbers is None or numbers == sorted(numbers), "messages changed places"
+    survivors = [when for number, when in acked.items() if number in kept]
+    last = max(acked.values(), default=0.0)
+    newest = max(survivors, default=last - load_s)
+    return Loss(
+        mode=mode.name,
+        acknowledged=len(acked),
+        rate=round(len(acked) / load_s),
+        lost=len(acked.keys() - kept),
+        lost_s=round(last - newest, 3),
+        survived_unacknowledged=len(kept - acked.keys()),
+        holes=len(set(range(1, max(kept, default=0) + 1)) - kept),
+        stream_gone=numbers is None,
+        ready_s=round(ready_s, 2),
+    )
+
+
+async def table(modes: list[Mode], *, runs: int = 3, load_s: float = 2.0) -> list[dict[str, Any]]:
+    """Every mode, the run with the median loss of each, with all its runs' losses."""
+    rows = []
+    for mode in modes:
+        losses = [await measure(mode, load_s=load_s) for _ in range(runs)]
+        middle = statistics.median_low([loss.lost for loss in losses])
+        row = asdict(next(loss for loss in losses if loss.lost == middle))
+        rows.append({**row, "all_lost": [loss.lost for loss in losses]})
+    return rows
