@@ -25,6 +25,7 @@ import asyncio
 import sys
 import traceback
 from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ from foundation_nats.errors import (
     StateTooLargeError,
     UnhandledSignalError,
 )
+from foundation_nats.node.blackbox import STARTING
 from foundation_nats.signaling.envelope import emitted_id, encode_envelope
 from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom, TargetKind
 
@@ -195,7 +197,7 @@ class Activation:
         self.scheduled = False
         self.behind = False
         self.cautious = False
-        """Mark the attempt in the record first: the last activation died with its worker."""
+        """A signal has ended its worker: mark each further attempt at it in the record first."""
         self.dirty = False
         self.in_flight: list[Any] | None = None
         self.uncommitted = 0
@@ -342,7 +344,9 @@ class Activation:
         agent = self.agent
         agent.ctx._begin(None)
         try:
-            await agent.on_start(**start_arguments(type(agent), self.recovered))
+            await self._observed(
+                agent.on_start(**start_arguments(type(agent), self.recovered)), STARTING
+            )
             state = self._checked_state()
         except FoundationError:
             raise
@@ -363,7 +367,7 @@ class Activation:
     async def _handle_stored(self, item: _Stored) -> None:
         if item.sequence <= self.cursor:
             return
-        if self.cautious and not await self._mark_attempt(item):
+        if self.cautious and not await self._may_try(item):
             return
         try:
             body = orjson.loads(item.data)
@@ -425,6 +429,9 @@ class Activation:
         """The signal is done with: the next commit moves the cursor past it."""
         self.cursor = item.sequence
         self.consumed += 1
+        if self.cautious and item.sequence >= self.runtime.attempts.get(self.id, (0, 0))[0]:
+            self.cautious = False
+            self.runtime.attempts.pop(self.id, None)
         self.dirty = True
         self.uncommitted += 1
 
@@ -449,22 +456,31 @@ class Activation:
         agent = self.agent
         agent.ctx._begin(signal)
         timeout = self.runtime.handler_timeout_s
+        sequence = signal.sequence or 0
         if handling is None:
-            result = await agent.handle_cluster_signal(signal)
+            result = await self._observed(agent.handle_cluster_signal(signal), sequence)
         elif not handling.is_async:
-            result = handling.function(agent, signal)
+            result = self.runtime.blackbox.call(
+                handling.function, agent, signal, agent=self.id, sequence=sequence
+            )
         elif timeout is None:
-            result = await handling.function(agent, signal)
+            result = await self._observed(handling.function(agent, signal), sequence)
         else:
             try:
                 async with asyncio.timeout(timeout):
-                    result = await handling.function(agent, signal)
+                    result = await self._observed(handling.function(agent, signal), sequence)
             except TimeoutError as error:
                 raise HandlerError(
                     f"The handler of {signal.type} took longer than {timeout:g} s."
                 ) from error
         failpoint("handle.after")
         return result
+
+    async def _observed(self, coroutine: Coroutine[Any, Any, Any], sequence: int) -> Any:
+        """Await a handler; should it end the process, the black box tells that it was this one."""
+        box = self.runtime.blackbox
+        is_done, result = box.step(coroutine, self.id, sequence)
+        return result if is_done else await box.rest(coroutine, result, self.id, sequence)
 
     def _checked_state(self) -> bytes:
         state = dump_state(self.agent.state)
@@ -580,13 +596,12 @@ class Activation:
             "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
         )
 
-    async def _mark_attempt(self, item: _Stored) -> bool:
-        """Write down that this signal is about to be handled; False: it killed too many workers."""
-        stored = self.runtime.attempts.get(self.id)
-        tries = stored[1] if stored is not None and stored[0] == item.sequence else 0
+    async def _may_try(self, item: _Stored) -> bool:
+        """Write down that a signal which ended a worker is tried again; False: it was tried enough."""
+        sequence, tries = self.runtime.attempts.get(self.id, (0, 0))
+        if sequence != item.sequence:
+            return True
         if tries >= self.runtime.attempts_max:
-            self.runtime.attempts.pop(self.id, None)
-            self.cautious = False
             body: dict[str, Any] | None
             try:
                 body = orjson.loads(item.data)

@@ -76,6 +76,7 @@ class Runtime:
         self.subjects = host.subjects
         self.node = host.node
         self.is_valid = host.validity.is_valid
+        self.blackbox = host.blackbox
         self.log = get_logger("agents").bind(worker=host.worker)
         self.pool = RunnerPool(host.scope)
         self.state = Bucket(host.bus, host.subjects, "state")
@@ -305,11 +306,12 @@ class Runtime:
             # A claim rewrites the record: what it found in the outbox is as old as before.
             activation.recovered_at = stored.outbox_since or (entry.time if entry else "")
         attempt = stored.attempt if stored else None
+        suspect = None if recovered is None else recovered.sequence
+        if suspect is not None and (attempt is None or attempt[0] != suspect):
+            attempt = [suspect, 1]
         if attempt is not None:
             self.attempts[record.id] = (attempt[0], attempt[1])
-        activation.cautious = attempt is not None or (
-            recovered is not None and recovered.reason == "worker_died"
-        )
+        activation.cautious = attempt is not None
         if not agent.durable:
             return activation, None
         payload = encode_record(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from foundation_nats.config import Config
 from foundation_nats.node.manager import NodeManager, NodeOptions
+from foundation_nats.node.spawning import Child
 
 
 class Node:
@@ -24,7 +24,7 @@ class Node:
         options: NodeOptions | None = None,
         config: Config | None = None,
         *,
-        spare: Sequence[subprocess.Popen[bytes]] = (),
+        spare: Sequence[Child] = (),
     ) -> None:
         self._manager = NodeManager(options or NodeOptions(), config or Config.load(), spare=spare)
 

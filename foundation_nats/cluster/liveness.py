@@ -12,7 +12,8 @@ listens on the subjects of its manager and of every worker, three times over
 0.4 s. Neither is taken within `bus_grace_s` of a bus disturbance (F3), because
 a client that reconnects looks dead too; and when many nodes seem dead at once
 the storm brake holds the verdicts for `storm_hold_s` (F4), because then it is
-more likely that the observer is the sick one.
+more likely that the observer is the sick one. An observer that doesn't hear its
+own heartbeats (`Deaf`) surely is, and silence counts from when it hears again.
 
 Obligations of the caller: feed `step` with every heartbeat and probe result,
 and call it no later than `deadline`; answer each `Confirm`; say `Forgot` when a
@@ -32,6 +33,7 @@ from foundation_nats.cluster.verdict import (
     BusDisturbed,
     Confirm,
     Confirmed,
+    Deaf,
     Effect,
     Event,
     ForceFailover,
@@ -52,6 +54,7 @@ __all__ = [
     "BusDisturbed",
     "Confirm",
     "Confirmed",
+    "Deaf",
     "Effect",
     "Event",
     "ForceFailover",
@@ -206,6 +209,9 @@ class LivenessDetector:
                 self._answered(node, incarnation)
             case BusDisturbed():
                 self._grace_until = max(self._grace_until, now + self.bus_grace_s)
+                for peer in self._peers.values():
+                    peer.absolve(now)
+            case Deaf():
                 for peer in self._peers.values():
                     peer.absolve(now)
             case OwnLag(lag_s):

@@ -41,6 +41,7 @@ from foundation_nats.cluster.liveness import (
     BusDisturbed,
     Confirm,
     Confirmed,
+    Deaf,
     Effect,
     Event,
     ForceFailover,
@@ -81,6 +82,9 @@ from foundation_schemas import (
 
 RECORD_TTL_S = 60.0
 RECORD_EVERY_S = 20.0
+SEALED_TTL_S = 3600.0
+"""How long it is written down that a life is over: longer than anything stays frozen."""
+_DEAF_BEATS = 2.5
 _TICK_S = 0.05
 _LAG_MIN_S = 0.05
 _LAG_MEMORY_S = 5.0
@@ -104,12 +108,14 @@ class Membership:
         record: NodeRecord | None = None,
         load: Callable[[], Load] | None = None,
         on_replaced: Callable[[], None] | None = None,
+        on_ended: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
             record: what this node is; its incarnation is chosen by `join`. None: an observer.
             load: asked for each heartbeat.
             on_replaced: called once if another process took this node's name; the node must stop.
+            on_ended: called if this life was declared over; the node must `rejoin`.
         """
         self._bus = bus
         self._subjects = subjects
@@ -117,16 +123,11 @@ class Membership:
         self._record = None if record is None else record.model_copy(update={"incarnation": 0})
         self._load = load
         self._on_replaced = on_replaced
+        self._on_ended = on_ended
         self._bucket = Bucket(bus, subjects, "nodes")
         self._events = Events(bus, subjects, record.name if record is not None else bus.name)
         self._log = get_logger("membership").bind(node=self.node or "observer")
-        self._detector = LivenessDetector(
-            suspect_after_s=config.suspect_after_s,
-            down_after_s=config.down_after_s,
-            bus_grace_s=config.bus_grace_s,
-            storm_fraction=config.storm_fraction,
-            storm_hold_s=config.storm_hold_s,
-        )
+        self._detector = self._new_detector()
         self._records: dict[str, NodeRecord] = {}
         self._record_revisions: dict[str, int] = {}
         self._heard: dict[str, Heartbeat | None] = {}
@@ -151,12 +152,26 @@ class Membership:
         self._probing: set[str] = set()
         self._lag_s = 0.0
         self._lag_at = 0.0
+        self._own_heard_at = monotonic()
+        self._is_deaf = False
+        self._sealed: dict[str, int] = {}
+        """Node to the highest incarnation that is written down as over."""
         self.disturbed_at: float | None = None
         """When the bus was last known to be unwell, on `monotonic`; None: never."""
         self.lagged_at: float | None = None
         """When this process last stood still for longer than `suspect_after_s`."""
         self.is_in_storm = False
         """Whether verdicts are being held because too many nodes seem dead at once."""
+
+    def _new_detector(self) -> LivenessDetector:
+        config = self._config
+        return LivenessDetector(
+            suspect_after_s=config.suspect_after_s,
+            down_after_s=config.down_after_s,
+            bus_grace_s=config.bus_grace_s,
+            storm_fraction=config.storm_fraction,
+            storm_hold_s=config.storm_hold_s,
+        )
 
     # ---- reading ----------------------------------------------------------------
 
@@ -272,9 +287,52 @@ class Membership:
                     node=self.node,
                 ) from None
             await self._write_own(incarnation, 0 if entry is None else entry.revision)
+        self._forget_verdicts()
         self._send_heartbeat()
         self._log.info("joined again", incarnation=incarnation)
         return self._record
+
+    def _forget_verdicts(self) -> None:
+        """Judge everybody anew: what we thought of the others while they had given us up is void.
+
+        What is over for certain is sealed in its record.
+        """
+        self._detector = self._new_detector()
+        self._died_leading = None
+        self._down = {self.node: self.incarnation - 1, **self._sealed}
+        for name, record in list(self._records.items()):
+            if not self.is_down(name, record.incarnation):
+                self._step(Heard(name, record.incarnation))
+            self._show(name)
+        self._notify()
+
+    async def seal(self, node: str, incarnation: int) -> None:
+        """Write down that this life is over, before its agents are given to others.
+
+        Later leaders, and the node itself should it live, learn of it: none may confirm the
+        old activations' right to answer again.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: not known to be written; don't go on.
+        """
+        while self._sealed.get(node, -1) < incarnation:
+            entry = await self._bucket.read(node)
+            record = NodeRecord(name=node, incarnation=incarnation)
+            if entry is not None and entry.value is not None:
+                record = decode(NodeRecord, entry.value)
+            if record.incarnation < incarnation:
+                record = record.model_copy(update={"incarnation": incarnation})
+            if record.incarnation == incarnation and not record.ended:
+                try:
+                    await self._bucket.replace(
+                        node,
+                        encode(record.model_copy(update={"ended": True})),
+                        expected=0 if entry is None else entry.revision,
+                        ttl_s=SEALED_TTL_S,
+                    )
+                except StaleRevisionError:
+                    continue
+            self._sealed[node] = incarnation
 
     async def update(self, **changes: Any) -> NodeRecord:
         """Rewrite fields of this node's record, such as ``workers=[…]``.
@@ -416,12 +474,19 @@ class Membership:
             entry = await self._bucket.read(self.node)
             if entry is None or entry.value is None:
                 await self._write_own(self.incarnation, 0 if entry is None else entry.revision)
+            elif decode(NodeRecord, entry.value).ended:
+                self._ended(_incarnation_of(entry))
             elif _incarnation_of(entry) in self._own_incarnations:
                 await self._write_own(self.incarnation, entry.revision)
             else:
                 self._replaced()
         except (StaleRevisionError, BusError) as error:
             self._log.warning("node record not reclaimed", error=str(error))
+
+    def _ended(self, incarnation: int) -> None:
+        """Somebody has written down that our life *incarnation* is over."""
+        if incarnation == self.incarnation and not self._is_over and self._on_ended is not None:
+            self._on_ended()
 
     def _replaced(self) -> None:
         if self._is_over:
@@ -482,6 +547,7 @@ class Membership:
         name = beat.node
         if name == self.node:
             if beat.incarnation == self.incarnation:
+                self._own_heard_at = monotonic()
                 self._see_self()
             self._echo(beat)
             return
@@ -542,7 +608,15 @@ class Membership:
         if name == self.node and self._is_member:
             if record.incarnation not in self._own_incarnations:
                 self._replaced()
+            elif record.ended:
+                self._ended(record.incarnation)
             return
+        if record.ended:
+            self._sealed[name] = max(record.incarnation, self._sealed.get(name, -1))
+            if not self.is_down(name, record.incarnation):
+                self._end(name, record.incarnation)
+                self._step(Left(name, record.incarnation))
+                self._heard.pop(name, None)
         before = self._records.get(name)
         self._records[name] = record
         is_new = before is None or before.incarnation != record.incarnation
@@ -829,6 +903,7 @@ class Membership:
         while not self._is_over:
             now = monotonic()
             self._note_lag(now - expected, now)
+            self._note_deafness(now)
             if now >= next_beat:
                 self._send_heartbeat()
                 next_beat = now + interval * random.uniform(0.9, 1.1)
@@ -840,6 +915,20 @@ class Membership:
                 self._step(Tick())
             expected = monotonic() + _TICK_S
             await asyncio.sleep(_TICK_S)
+
+    def _note_deafness(self, now: float) -> None:
+        """Heartbeats come back to their sender; while ours don't, silence is our own."""
+        if not self._is_member:
+            return
+        is_deaf = now - self._own_heard_at > self._config.heartbeat_interval_s * _DEAF_BEATS
+        if is_deaf:
+            self._step(Deaf())
+        if is_deaf != self._is_deaf:
+            self._is_deaf = is_deaf
+            if is_deaf:
+                self._log.warning("own heartbeats are not heard: nobody's silence counts")
+            else:
+                self._log.info("own heartbeats are heard again")
 
     def _note_lag(self, lag: float, now: float) -> None:
         if lag >= self._config.suspect_after_s:

@@ -72,6 +72,11 @@ class BusDisturbed:
 
 
 @dataclass(frozen=True, slots=True)
+class Deaf:
+    """This node does not hear its own heartbeats: that it hears nobody else proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class OwnLag:
     """How late our own event loop is: a sick observer is patient with others."""
 
@@ -96,6 +101,7 @@ Event = (
     | ProbeMissed
     | ProbeAnswered
     | BusDisturbed
+    | Deaf
     | OwnLag
     | ForceFailover
     | Tick

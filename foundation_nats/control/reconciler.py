@@ -220,6 +220,7 @@ class Reconciler:
             wait = min(wait, soonest)
         if found.commands:
             failpoint("plan.computed")
+            await self._seal(found, nodes)
             outcome = await execute(self._registry, found, may_go_on=lambda: self._term == term)
             if outcome.slowest_s > _STALL_S:
                 self._membership.note_write_stall()
@@ -230,6 +231,24 @@ class Reconciler:
         if found.is_truncated:
             wait = 0.0
         return self._soonest(wait, found)
+
+    async def _seal(self, found: Plan, nodes: Mapping[str, NodeView]) -> None:
+        """Write down that nodes are dead before anything that rests on it is decided."""
+        losers = {
+            (record.node, record.incarnation)
+            for command in found.commands
+            if (held := self._registry.get(command.agent)) is not None
+            and (record := held.record).node is not None
+        }
+        for node, incarnation in sorted(losers, key=str):
+            assert node is not None
+            view = nodes.get(node)
+            if (
+                view is not None
+                and view.status is NodeStatus.DOWN
+                and view.record.incarnation == incarnation
+            ):
+                await self._membership.seal(node, incarnation)
 
     def _soonest(self, wait: float, found: Plan) -> float:
         return wait if found.next_wake_s is None else min(wait, max(0.01, found.next_wake_s))

@@ -27,6 +27,7 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.registry import Change, Held, Registry
 from foundation_nats.errors import BusError, FoundationError, StaleRevisionError
+from foundation_nats.node.blackbox import STARTING, Suspect
 from foundation_nats.node.hosting import mark
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.workers import Workers
@@ -98,6 +99,8 @@ class Host:
         self._touched: set[str] = set()
         self._lost: dict[str, str] = {}
         """Agents whose worker died: id to the worker."""
+        self._suspects: dict[str, tuple[int, str]] = {}
+        """Agents whose handler ended its worker: id to (sequence of the signal, how it ended)."""
         self._loads: dict[str, Load] = {}
         self._unstopped: dict[str, dict[str, int]] = {}
         """Worker to agents that it may still hold and must not (id to epoch)."""
@@ -180,17 +183,22 @@ class Host:
         )
         self._touch_mine()
 
-    def worker_died(self, worker: str, cause: str) -> None:
-        """A worker is gone, and with it the activations in it."""
+    def worker_died(self, worker: str, cause: str, suspect: Suspect | None) -> None:
+        """A worker is gone, and with it the activations in it; *suspect* was running."""
         lost = [agent for agent, placed in self._placed.items() if placed.worker == worker]
         self._forget_worker(worker)
         self._lost.update((agent, worker) for agent in lost)
+        blame = ""
+        if suspect is not None and suspect.agent in lost:
+            self._suspects[suspect.agent] = (suspect.sequence, cause)
+            blame = f" while {suspect.agent} was handling a signal"
         self._emit(
             "worker",
             "died",
-            f"Worker {worker} ended ({cause}) with {len(lost)} agents; they are restarted.",
+            f"Worker {worker} ended ({cause}){blame} with {len(lost)} agents; they are restarted.",
             worker=worker,
             cause=cause,
+            suspect=None if suspect is None else suspect.agent,
             agents=len(lost),
         )
         self._wake.set()
@@ -216,6 +224,7 @@ class Host:
             self._unplace(agent)
         self._reports.clear()
         self._lost.clear()
+        self._suspects.clear()
         self._touch_mine()
 
     # ---- the loop -----------------------------------------------------------------
@@ -250,27 +259,11 @@ class Host:
                 or held.record.desired != "run"
             ):
                 self._lost.pop(agent)
+                self._suspects.pop(agent, None)
                 self._unplace(agent)
                 self._touched.add(agent)
                 continue
-            changes.append(
-                Change(
-                    agent,
-                    held.record.model_copy(
-                        update={
-                            "status": AgentStatus.STARTING,
-                            "epoch": held.record.epoch + 1,
-                            "incarnation": self._incarnation,
-                            "reason": None,
-                            "recovered_from": RecoveredFrom(
-                                node=self._node, epoch=held.record.epoch, reason="worker_died"
-                            ),
-                            "since": utc_text(),
-                        }
-                    ),
-                    held.revision,
-                )
-            )
+            changes.append(Change(agent, self._next_life(held.record), held.revision))
         results = await self._registry.write_many(changes)
         retry = False
         for change, result in zip(changes, results, strict=True):
@@ -278,8 +271,39 @@ class Host:
                 retry = True
             else:
                 self._lost.pop(change.id, None)
+                self._suspects.pop(change.id, None)
         if retry:
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    def _next_life(self, record: AgentRecord) -> AgentRecord:
+        """The record under which an agent whose worker died starts again, or does not."""
+        sequence, cause = self._suspects.get(record.id, (0, ""))
+        if sequence == STARTING:
+            # Starting it again at once would end the next worker, too.
+            return record.model_copy(
+                update={
+                    "status": AgentStatus.FAILED,
+                    "reason": f"its on_start ended the worker process ({cause})",
+                    "failures": record.failures + 1,
+                    "since": utc_text(),
+                }
+            )
+        origin = RecoveredFrom(
+            node=self._node,
+            epoch=record.epoch,
+            reason="worker_died",
+            sequence=sequence or None,
+        )
+        return record.model_copy(
+            update={
+                "status": AgentStatus.STARTING,
+                "epoch": record.epoch + 1,
+                "incarnation": self._incarnation,
+                "reason": None,
+                "recovered_from": origin,
+                "since": utc_text(),
+            }
+        )
 
     async def _write_reports(self) -> None:
         """Write what became of agents into their records."""

@@ -16,6 +16,7 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
+from foundation_nats.node.blackbox import BlackBox
 from foundation_schemas import AgentRecord, AgentReport, ClassInfo
 
 
@@ -31,6 +32,7 @@ class HostContext:
     worker: str
     validity: Validity
     scope: TaskScope
+    blackbox: BlackBox
     report: Callable[[AgentReport], None]
     """Tell the manager what became of an agent; repeated until it is acknowledged."""
 

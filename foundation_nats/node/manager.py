@@ -16,7 +16,6 @@ import os
 import platform
 import signal
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -40,8 +39,9 @@ from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.control.controller import Controller
 from foundation_nats.errors import BusError, BusUnavailableError, ConfigError, FoundationError
+from foundation_nats.node.blackbox import Suspect
 from foundation_nats.node.host import Host
-from foundation_nats.node.spawning import WORKER_MODULE, worker_count
+from foundation_nats.node.spawning import WORKER_MODULE, Child, worker_count
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.worker import WorkerOrders
 from foundation_nats.node.workers import Workers
@@ -105,7 +105,7 @@ class NodeManager:
         config: Config,
         *,
         worker_module: str = WORKER_MODULE,
-        spare: Sequence[subprocess.Popen[bytes]] = (),
+        spare: Sequence[Child] = (),
     ) -> None:
         """*spare* are worker processes that were spawned before, to save time."""
         self._options = options
@@ -181,6 +181,7 @@ class NodeManager:
             record=record,
             load=self._load,
             on_replaced=lambda: self._end("another node took this node's name"),
+            on_ended=self._declared_down,
         )
         joined = await membership.join(scope)
         registry = Registry(bus, self._subjects)
@@ -268,9 +269,9 @@ class NodeManager:
             # Its activations may start once it has seen an echo.
             self._membership.beat_now()
 
-    def _worker_died(self, worker: str, cause: str) -> None:
+    def _worker_died(self, worker: str, cause: str, suspect: Suspect | None) -> None:
         if self._host is not None and not self._rejoining:
-            self._host.worker_died(worker, cause)
+            self._host.worker_died(worker, cause, suspect)
 
     def _end(self, reason: str) -> None:
         if not self.ended.done():

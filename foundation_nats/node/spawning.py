@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import IO, NamedTuple
 
 from foundation_nats.base.process import die_with_parent
+from foundation_nats.node import blackbox
 
 WORKER_MODULE = "foundation_nats.api.worker"
 """What a worker process runs: the composition root of a worker that hosts agents."""
@@ -20,16 +22,31 @@ def worker_count(wanted: int | None) -> int:
     return wanted if wanted is not None else os.cpu_count() or 1
 
 
-def spawn(module: str = WORKER_MODULE) -> subprocess.Popen[bytes]:
+class Child(NamedTuple):
+    """A worker process, and the file that tells what it did when it died."""
+
+    process: subprocess.Popen[bytes]
+    box: IO[bytes]
+
+
+def spawn(module: str = WORKER_MODULE) -> Child:
     """Start ``python -m module`` as a child that ends with this process and waits for its orders."""
     path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    return subprocess.Popen(
+    box = blackbox.create()
+    number = box.fileno()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        blackbox.VARIABLE: str(number),
+    }
+    process = subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         env=environment,
         start_new_session=True,
+        pass_fds=(number,),
         # Started from the main thread, which lives as long as the manager: the
         # kernel ties the death signal to the thread that forked.
         preexec_fn=die_with_parent(os.getpid()),
     )
+    return Child(process, box)

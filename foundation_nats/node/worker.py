@@ -25,6 +25,7 @@ from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.errors import BusError, FoundationError
+from foundation_nats.node.blackbox import BlackBox
 from foundation_nats.node.hosting import HostContext, Workload, WorkloadFactory
 from foundation_schemas import (
     AgentReport,
@@ -90,6 +91,7 @@ class Worker:
                 worker=orders.worker,
                 validity=self._validity,
                 scope=self._scope,
+                blackbox=BlackBox.inherited(),
                 report=self._report,
             )
         )

@@ -13,6 +13,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
@@ -22,7 +23,9 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import WorkerConfig
 from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
-from foundation_nats.node.spawning import spawn
+from foundation_nats.node import blackbox
+from foundation_nats.node.blackbox import Suspect
+from foundation_nats.node.spawning import Child, spawn
 from foundation_nats.node.supervision import (
     Escalate,
     Exited,
@@ -44,6 +47,8 @@ class WorkerProcess:
 
     id: str
     process: subprocess.Popen[bytes]
+    box: IO[bytes]
+    """What the process was doing when it ended."""
     ready: bool = False
     started_at: float = 0.0
     answered_at: float = 0.0
@@ -57,7 +62,8 @@ class WorkerProcess:
 class Workers:
     """The worker processes of one node.
 
-    *on_ready* and *on_died* are called with a worker's id; *on_exhausted* when
+    *on_ready* and *on_died* are called with a worker's id, the latter also with the
+    cause and the handler that was running; *on_exhausted* when
     workers die more often than `restarts_max` in `restart_window_s`.
     """
 
@@ -68,9 +74,9 @@ class Workers:
         count: int,
         module: str,
         on_ready: Callable[[str], None],
-        on_died: Callable[[str, str], None],
+        on_died: Callable[[str, str, Suspect | None], None],
         on_exhausted: Callable[[str], None],
-        spare: Sequence[subprocess.Popen[bytes]] = (),
+        spare: Sequence[Child] = (),
     ) -> None:
         self._config = config
         self._module = module
@@ -97,8 +103,9 @@ class Workers:
         for item in orders:
             self._begin(item.worker, self._spare.pop())
 
-    def _begin(self, worker: str, process: subprocess.Popen[bytes]) -> None:
-        entry = WorkerProcess(worker, process, started_at=monotonic())
+    def _begin(self, worker: str, child: Child) -> None:
+        process = child.process
+        entry = WorkerProcess(worker, process, child.box, started_at=monotonic())
         self._workers[worker] = entry
         self._supervisor.step(Started(worker), entry.started_at)
         assert process.stdin is not None
@@ -179,9 +186,16 @@ class Workers:
         if self._closing:
             return
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._log.warning("worker died", worker=entry.id, cause=cause)
+        suspect = blackbox.read(entry.box)
+        entry.box.close()
+        self._log.warning(
+            "worker died",
+            worker=entry.id,
+            cause=cause,
+            agent=None if suspect is None else suspect.agent,
+        )
         entry.ready = False
-        self._on_died(entry.id, cause)
+        self._on_died(entry.id, cause, suspect)
         for effect in self._supervisor.step(Exited(entry.id, cause), monotonic()):
             match effect:
                 case Restart(worker, delay_s):
@@ -201,7 +215,10 @@ class Workers:
     async def close(self) -> None:
         """End every worker process and reap it."""
         self._closing = True
-        processes = [entry.process for entry in self._workers.values()] + self._spare
+        processes = [entry.process for entry in self._workers.values()]
+        processes += [child.process for child in self._spare]
+        for box in [entry.box for entry in self._workers.values()] + [c.box for c in self._spare]:
+            box.close()
         for process in processes:
             if process.poll() is None:
                 process.kill()

@@ -99,6 +99,8 @@ class RecoveredFrom(WireModel):
     epoch: int
     reason: str
     """``node_down``, ``worker_died``, ``moved``, ``restarted``."""
+    sequence: int | None = None
+    """The signal that was being handled when the worker died; None: another agent's, or none."""
 
 
 class AgentRecord(WireModel):

@@ -51,6 +51,8 @@ class NodeRecord(WireModel):
     pid: int = 0
     version: str = ""
     started_at: str = ""
+    ended: bool = False
+    """This life was declared over: it comes back under a higher incarnation or not at all."""
 
 
 class Heartbeat(WireModel):

@@ -1,0 +1,124 @@
+"""Who was on a worker's event loop when it died: a few bytes that outlive the process.
+
+The worker writes down, before every step of a handler, which agent's handler
+runs on which signal, and wipes it after. The bytes live in an unlinked file
+that the manager shares, so a crash in native code, an exit or a SIGKILL leaves
+them readable. What awaits is not on the loop: of a thousand agents in the
+middle of something, one is named.
+
+Not told: what a thread of its own did.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import IO, Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+VARIABLE = "FOUNDATION_BLACKBOX"
+STARTING = -1
+"""In place of a signal's sequence: the agent's `on_start`."""
+_SIZE = 512
+_NOBODY = 10  # a line feed: an empty line
+
+
+class Suspect(NamedTuple):
+    """The handler that was running."""
+
+    agent: str
+    sequence: int
+    """Of the signal in its mailbox; 0: an ask; `STARTING`."""
+
+
+def create() -> IO[bytes]:
+    """A new file for one worker, gone with its last descriptor."""
+    file = tempfile.TemporaryFile(prefix="foundation-box-")  # noqa: SIM115 - its owner closes it
+    file.write(b"\n".ljust(_SIZE, b"\0"))
+    file.flush()
+    return file
+
+
+def read(file: IO[bytes]) -> Suspect | None:
+    """What the worker wrote last; None: no handler was running."""
+    line = os.pread(file.fileno(), _SIZE, 0).partition(b"\n")[0]
+    sequence, _, agent = line.partition(b" ")
+    try:
+        return Suspect(agent.decode(), int(sequence)) if agent else None
+    except ValueError:
+        return None
+
+
+class BlackBox:
+    """The worker's side; does nothing where no manager shares a file."""
+
+    def __init__(self, memory: mmap.mmap | None = None) -> None:
+        self._memory = memory
+
+    @classmethod
+    def inherited(cls) -> BlackBox:
+        """The one that this process was started with."""
+        number = os.environ.get(VARIABLE)
+        if number is None:
+            return cls()
+        try:
+            return cls(mmap.mmap(int(number), _SIZE))
+        except (OSError, ValueError):
+            return cls()
+
+    def step(
+        self, coroutine: Coroutine[Any, Any, T], agent: str, sequence: int
+    ) -> tuple[bool, Any]:
+        """Run *coroutine* up to its first await: (True, its result), or (False, what it awaits).
+
+        Most handlers await nothing, and are over with this.
+        """
+        self._enter(agent, sequence)
+        try:
+            return False, coroutine.send(None)
+        except StopIteration as stop:
+            return True, stop.value
+        finally:
+            self._leave()
+
+    @types.coroutine
+    def rest(
+        self, coroutine: Coroutine[Any, Any, T], awaited: Any, agent: str, sequence: int
+    ) -> Generator[Any, Any, T]:
+        """Await what is left of *coroutine* after `step`, and note each of its steps."""
+        while True:
+            error: BaseException | None = None
+            value = None
+            try:
+                value = yield awaited
+            except BaseException as caught:
+                error = caught
+            self._enter(agent, sequence)
+            try:
+                awaited = coroutine.send(value) if error is None else coroutine.throw(error)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            finally:
+                self._leave()
+
+    def call(self, function: Callable[..., T], *arguments: Any, agent: str, sequence: int) -> T:
+        """Call a function that is no coroutine."""
+        self._enter(agent, sequence)
+        try:
+            return function(*arguments)
+        finally:
+            self._leave()
+
+    def _enter(self, agent: str, sequence: int) -> None:
+        if self._memory is not None:
+            note = b"%d %b\n" % (sequence, agent.encode())
+            self._memory[: len(note)] = note
+
+    def _leave(self) -> None:
+        if self._memory is not None:
+            self._memory[0] = _NOBODY
