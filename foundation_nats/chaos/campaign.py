@@ -35,6 +35,7 @@ from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos import faults
+from foundation_nats.chaos.attached import Attached
 from foundation_nats.chaos.checkers import (
     Judgement,
     check_assignments,
@@ -50,6 +51,8 @@ from foundation_nats.chaos.nemesis import Done, Nemesis
 from foundation_nats.chaos.observer import Observer
 from foundation_nats.chaos.workloads import WORKLOADS, Workload
 from foundation_nats.chaos.workloads.base import manifest_text
+from foundation_nats.chaos.workloads.churn import Churn
+from foundation_nats.config import Config
 from foundation_nats.errors import FoundationError
 from foundation_schemas import InspectReply
 
@@ -85,6 +88,10 @@ class Options:
     """Between two faults."""
     environment: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    attach: Config | None = None
+    """A running cluster to break instead of one of our own."""
+    start: str | None = None
+    """The command that starts node ``{node}`` of an attached cluster."""
     keep: Path | None = None
     """Where histories and logs of rounds that did not pass are kept."""
 
@@ -174,13 +181,10 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
     )
     report = Round(seed, options, plan)
     begun = monotonic()
-    lab = Lab(
-        seed=seed,
-        nodes=options.nodes,
-        workers=options.workers,
-        brokers=options.brokers,
-        environment=options.environment,
-        settings=options.settings,
+    lab: Lab | Attached = (
+        _own_lab(seed, options)
+        if options.attach is None
+        else Attached(options.attach, start=options.start)
     )
     history = History()
     try:
@@ -188,24 +192,51 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
             await _under_trouble(lab, report, history, say)
             if options.keep is not None and report.verdict != "passed":
                 await _keep(options.keep, lab, report, history)
+            if isinstance(lab, Attached):
+                await lab.remove(
+                    [entry["name"] for entry in _entries(report)] + Churn.deployments()
+                )
     except Exception as error:  # whatever it is, the report must tell it
         report.failure = f"{type(error).__name__}: {error}"
     report.seconds = monotonic() - begun
     return report
 
 
-async def _under_trouble(lab: Lab, report: Round, history: History, say: Say) -> None:
-    options = report.options
-    workloads = [WORKLOADS[name](report.seed, rate=options.rate) for name in options.workloads]
-    saboteurs = [f"saboteur-{number}" for number in range(options.nodes)]
-    entries = [entry for workload in workloads for entry in workload.manifest()]
-    entries.append(
-        {
-            "name": "saboteur",
-            "run": "foundation_nats.chaos.agents:Saboteur",
-            "replicas": len(saboteurs),
-        }
+def _own_lab(seed: int, options: Options) -> Lab:
+    return Lab(
+        seed=seed,
+        nodes=options.nodes,
+        workers=options.workers,
+        brokers=options.brokers,
+        environment=options.environment,
+        settings=options.settings,
     )
+
+
+def _workloads(report: Round) -> list[Workload]:
+    options = report.options
+    return [WORKLOADS[name](report.seed, rate=options.rate) for name in options.workloads]
+
+
+def _saboteurs(report: Round) -> list[str]:
+    return [f"saboteur-{number}" for number in range(report.options.nodes)]
+
+
+def _entries(report: Round) -> list[dict[str, Any]]:
+    """What is deployed for the round."""
+    entries = [entry for workload in _workloads(report) for entry in workload.manifest()]
+    saboteurs = {
+        "name": "saboteur",
+        "run": "foundation_nats.chaos.agents:Saboteur",
+        "replicas": len(_saboteurs(report)),
+    }
+    return [*entries, saboteurs]
+
+
+async def _under_trouble(lab: Lab | Attached, report: Round, history: History, say: Say) -> None:
+    options = report.options
+    workloads = _workloads(report)
+    entries = _entries(report)
     eye = lab.eye
     await eye.deployments.apply(manifest_text(entries))
     await eye.deployments.wait_settled([entry["name"] for entry in entries], timeout=60)
@@ -219,7 +250,7 @@ async def _under_trouble(lab: Lab, report: Round, history: History, say: Say) ->
             asyncio.create_task(workload.run(lab.clients, history, stopping), name=workload.name)
             for workload in workloads
         ]
-        nemesis = Nemesis(lab, report.plan, saboteurs)
+        nemesis = Nemesis(lab, report.plan, _saboteurs(report))
         before: dict[int, dict[str, int]] = {}
         try:
             await asyncio.sleep(_QUIET_BEFORE_S)
@@ -274,7 +305,9 @@ def _count(report: Round, history: History) -> None:
             report.receipts += 1
 
 
-async def _settle(lab: Lab, report: Round, workloads: Sequence[Workload], history: History) -> None:
+async def _settle(
+    lab: Lab | Attached, report: Round, workloads: Sequence[Workload], history: History
+) -> None:
     """Wait until everything has arrived and every agent runs once."""
     deadline = monotonic() + _SETTLE_TIMEOUT_S
     why = ""
@@ -352,7 +385,7 @@ def _failovers(
     return found
 
 
-def _memory(lab: Lab) -> dict[str, float]:
+def _memory(lab: Lab | Attached) -> dict[str, float]:
     found = {}
     for name in lab.names:
         family = lab.node(name).family()
@@ -367,7 +400,7 @@ def _memory(lab: Lab) -> dict[str, float]:
 
 
 async def _judge(
-    lab: Lab,
+    lab: Lab | Attached,
     report: Round,
     workloads: Sequence[Workload],
     history: History,
@@ -412,7 +445,7 @@ def _void(report: Round, history: History) -> None:
         report.void = "no operation overlapped a fault"
 
 
-async def _keep(directory: Path, lab: Lab, report: Round, history: History) -> None:
+async def _keep(directory: Path, lab: Lab | Attached, report: Round, history: History) -> None:
     target = directory / f"seed-{report.seed}"
     target.mkdir(parents=True, exist_ok=True)
     history.save(target / "history.jsonl")

@@ -34,7 +34,12 @@ GPUS = 6
 
 SETTINGS: dict[str, Any] = {
     # Faults come faster than in life, so verdicts must, too; the relations stay.
-    "liveness": {"suspect_after_s": 1.0, "down_after_s": 3.0},
+    "liveness": {
+        "suspect_after_s": 1.0,
+        "down_after_s": 3.0,
+        "bus_grace_s": 4.0,
+        "storm_hold_s": 6.0,
+    },
     "control": {"unavailable_grace_s": 3.0},
     "worker": {"hang_after_s": 2.5, "restarts_max": 50},
     "mailbox": {"trim_every_s": 0.5, "trim_min_age_s": 1.0, "mailbox_max": 5000},
@@ -61,7 +66,11 @@ class Lab:
         self._brokers: Brokers | None = None
         self._stack = AsyncExitStack()
         self._settings = {**SETTINGS, **(settings or {})}
-        self._settings["replicas"] = 3 if brokers >= 3 else 1
+        if brokers >= 3:
+            self._settings["replicas"] = 3
+            # A replicated stream elects a leader for up to 9 s (F1): the grace must be longer.
+            liveness = {**self._settings["liveness"], "bus_grace_s": 12.0}
+            self._settings["liveness"] = liveness
         self._environment = dict(environment or {})
         self._workers = workers
         self._path = path or []

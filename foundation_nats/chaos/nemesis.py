@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foundation_nats.bus.streams import api
+from foundation_nats.chaos.attached import Attached
 from foundation_nats.chaos.faults import Fault
 from foundation_nats.chaos.history import now_ns
 from foundation_nats.chaos.lab import Lab
@@ -55,7 +56,9 @@ class Done:
 class Nemesis:
     """Makes the trouble of one round."""
 
-    def __init__(self, lab: Lab, plan: Sequence[Fault], saboteurs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, lab: Lab | Attached, plan: Sequence[Fault], saboteurs: Sequence[str] = ()
+    ) -> None:
         self._lab = lab
         self._plan = plan
         self._saboteurs = saboteurs

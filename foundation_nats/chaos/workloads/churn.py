@@ -63,6 +63,11 @@ class Churn(Workload):
                     known.discard(name)
             await asyncio.sleep(self.pause_s(0.4))
 
+    @classmethod
+    def deployments(cls) -> list[str]:
+        """What it may leave behind."""
+        return list(_NAMES)
+
     async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
         """Every epoch had one home. (Capacity and convergence are judged for the whole round.)"""
         return [check_assignments(observer.assignments)]

@@ -1,0 +1,152 @@
+"""`foundation chaos`: break a cluster on purpose, and prove that it kept its promises."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foundation_cli import render
+from foundation_cli.connection import Shared, load_config, resolve, run, with_shared
+
+
+@with_shared
+def chaos(
+    shared: Shared,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=1, help="How long each round makes trouble.")
+    ] = 20.0,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How many rounds.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="M", help="Rounds for so long, instead of --rounds.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Repeat the plan of this seed.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(metavar="N", min=2, help="Nodes of the lab.")] = 3,
+    brokers: Annotated[
+        int, typer.Option(metavar="N", min=1, max=5, help="NATS servers; 3 or more replicate.")
+    ] = 1,
+    fault: Annotated[
+        list[str] | None, typer.Option(metavar="KIND", help="Only these faults; repeatable.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only these workloads; repeatable.")
+    ] = None,
+    rate: Annotated[float, typer.Option(metavar="X", min=0.01, help="How busy clients are.")] = 1.0,
+    attach: Annotated[
+        bool,
+        typer.Option(
+            "--attach", help="Break the running cluster (see --server) instead of a lab of its own."
+        ),
+    ] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="With --attach: starts node {node} again, so that nodes may be killed, too.",
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep histories and logs of rounds that don't pass here."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what the seed would do, and do nothing.")
+    ] = False,
+    faults: Annotated[bool, typer.Option("--list", help="List the faults and workloads.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the whole report as JSON.")
+    ] = None,
+) -> None:
+    """Break a cluster on purpose, and prove that it kept its promises.
+
+    Starts servers and nodes of its own, lets clients work while processes are killed and
+    frozen and links are cut, then checks every receipt, effect, order, lease and lock.
+    Exit code 0: every promise was kept and enough happened to say so.
+
+    Example: foundation chaos --seconds 20
+    """
+    from foundation_nats.chaos import faults as kinds
+    from foundation_nats.chaos.attached import KILL_KINDS, SAFE_KINDS
+    from foundation_nats.chaos.campaign import Options, run_campaign
+    from foundation_nats.chaos.report import summary
+    from foundation_nats.chaos.workloads import WORKLOADS
+    from foundation_nats.errors import ConfigError
+
+    if faults:
+        _list(shared)
+        return
+    unknown = set(workload or ()) - WORKLOADS.keys()
+    if unknown:
+        raise ConfigError(
+            f"There is no workload {', '.join(sorted(unknown))}.",
+            hint=f"There are: {', '.join(WORKLOADS)}.",
+        )
+    chosen = tuple(fault) if fault else None
+    if attach and chosen is None:
+        chosen = SAFE_KINDS + (KILL_KINDS if start else ())
+    number = random.randrange(1 << 32) if seed is None else seed
+    try:
+        planned = kinds.plan(number, seconds, kinds=chosen, brokers=brokers)
+    except ValueError as error:
+        raise ConfigError(f"{error}.", hint="`foundation chaos --list` explains them.") from error
+    if plan:
+        if not render.document(shared, [item.to_json() for item in planned]):
+            render.write(f"seed {number}\n{kinds.describe(planned)}")
+        return
+    options = Options(
+        seconds=seconds,
+        nodes=nodes,
+        brokers=brokers,
+        kinds=chosen,
+        workloads=tuple(workload or WORKLOADS),
+        rate=rate,
+        attach=load_config(resolve(shared)) if attach else None,
+        start=start,
+        keep=keep,
+    )
+
+    async def main() -> dict[str, Any]:
+        campaign = await run_campaign(
+            number,
+            options,
+            rounds=None if minutes is not None else rounds,
+            seconds=None if minutes is None else minutes * 60,
+            say=render.talk,
+        )
+        return {**campaign.to_json(), "passed": campaign.is_passed, "seed": number}
+
+    found = run(main)
+    if report is not None:
+        report.write_text(render.json_text(found, indent=2) + "\n")
+    if not render.document(shared, found):
+        render.write(summary(found))
+    if not found["passed"]:
+        raise typer.Exit(render.FAILED)
+
+
+def _list(shared: Shared) -> None:
+    from foundation_nats.chaos.faults import KINDS
+    from foundation_nats.chaos.workloads import WORKLOADS
+
+    rows = [{"kind": kind.name, "what": kind.what} for kind in KINDS.values()]
+    rows += [
+        {"kind": f"workload {name}", "what": (kind.__doc__ or "").partition("\n")[0]}
+        for name, kind in WORKLOADS.items()
+    ]
+    if not render.document(shared, rows):
+        render.table(
+            (
+                render.Column("name", lambda row: row["kind"]),
+                render.Column("what", lambda row: row["what"], free=True),
+            ),
+            rows,
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to *app*."""
+    app.command()(chaos)

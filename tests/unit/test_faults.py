@@ -1,0 +1,118 @@
+"""Plans of faults are decided by their seed; what is mangled on a link is whole messages."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from foundation_nats.base import failpoint
+from foundation_nats.chaos import faults
+from foundation_nats.chaos.report import BEGIN, END, markdown, replaced, summary
+from foundation_nats.testing.mangling import Mangler, Mangling, Splitter
+
+
+def test_a_seed_is_a_plan() -> None:
+    """The same twice, another for another seed, and within its time."""
+    assert faults.plan(7, 60) == faults.plan(7, 60)
+    assert faults.plan(7, 60) != faults.plan(8, 60)
+    found = faults.plan(7, 60)
+    assert found
+    for fault in found:
+        kind = faults.KINDS[fault.kind]
+        assert 0 < fault.at_s < 60
+        assert kind.shortest_s <= fault.duration_s <= kind.longest_s
+        assert kind.brokers == 1
+
+
+def test_seeds_leave_kinds_out_and_together_reach_all() -> None:
+    """Swarm testing: each story has its own sorts of trouble."""
+    seen = [frozenset(fault.kind for fault in faults.plan(s, 300, brokers=3)) for s in range(60)]
+    assert frozenset().union(*seen) == faults.KINDS.keys()
+    assert max(len(kinds) for kinds in seen) < len(faults.KINDS)
+
+
+def test_a_plan_of_chosen_kinds_has_no_others() -> None:
+    """And unknown ones are named."""
+    found = faults.plan(1, 60, kinds=["node.kill", "broker.cut"], brokers=1)
+    assert {fault.kind for fault in found} == {"node.kill"}
+    with pytest.raises(ValueError, match="unknown fault nodekill"):
+        faults.plan(1, 60, kinds=["nodekill"])
+    with pytest.raises(ValueError, match="few brokers"):
+        faults.plan(1, 60, kinds=["broker.cut"], brokers=1)
+
+
+FRAMES = [
+    b"INFO {}\r\n",
+    b"MSG fnd.C.agent.a.live 1 5\r\nhe\r\no\r\n",
+    b"HMSG fnd.C.agent.b.live 2 12 17\r\nNATS/1.0\r\n\r\nworld\r\n",
+    b"PING\r\n",
+    b"MSG _INBOX.x 3 2\r\nok\r\n",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_frames_are_found_however_the_bytes_come(size: int) -> None:
+    """Payloads may hold line ends of their own."""
+    stream = b"".join(FRAMES)
+    splitter = Splitter()
+    found = []
+    for start in range(0, len(stream), size):
+        found += splitter.feed(stream[start : start + size])
+    assert [frame for _, frame in found] == FRAMES
+    subjects = [subject for subject, _ in found]
+    assert subjects == ["", "fnd.C.agent.a.live", "fnd.C.agent.b.live", "", "_INBOX.x"]
+
+
+def live(number: int) -> bytes:
+    """One live copy."""
+    return b"MSG a.live 1 2\r\n%02d\r\n" % number
+
+
+def mangled(mangling: Mangling | None) -> list[bytes]:
+    """Ten live copies and what came of them, in order."""
+    mangler = Mangler(lambda: mangling, lambda s: s.endswith(".live"), random.Random(1))
+    out = b"".join(mangler.feed(live(n)) for n in range(10))
+    mangling = None
+    out += mangler.feed(b"PING\r\n")
+    return [out[i : i + 20] for i in range(0, len(out) - 6, 20)]
+
+
+def test_what_is_chosen_is_dropped_doubled_or_swapped() -> None:
+    """And nothing is torn."""
+    every = [live(n) for n in range(10)]
+    assert mangled(None) == every
+    assert mangled(Mangling(drop=1.0)) == []
+    assert mangled(Mangling(double=1.0)) == [item for item in every for _ in range(2)]
+    swapped = mangled(Mangling(swap=0.5))
+    assert sorted(swapped) == every
+    assert swapped != every
+
+
+def test_planted_bugs_are_off_unless_named() -> None:
+    """And a typo is an error, at import."""
+    assert not any(failpoint.planted(name) for name in failpoint.BUGS)
+    assert failpoint.planted_bugs() == frozenset()
+
+
+def test_a_report_is_told_in_text() -> None:
+    """For a terminal, and between the marks of a page."""
+    found = {
+        "at": "2026-01-01", "version": "0", "commit": "abc", "cores": 2, "rounds": 2,
+        "verdicts": {"passed": 1, "void": 1}, "receipts": 1000, "operations": {"ok": 5},
+        "faults": 3, "faults_by_kind": {"node.kill": 3}, "lost": 0, "repeated": 0,
+        "violations": 0, "false_downs": 0, "settled_s": {"p50": 1.0, "max": 2.0},
+        "failover_s": {"node.kill": {"count": 3, "p50": 0.5, "p99": 0.9, "max": 0.9}},
+        "checked": {"order": 10}, "seconds": 60.0, "seeds": [1, 2],
+        "runs": [{"seed": 2, "verdict": "void", "failure": "", "void": "quiet",
+                  "violations": [], "undecided": []}],
+    }  # fmt: skip
+    assert "1,000 receipted signals under 3 faults: 0 lost" in summary(found)
+    assert "seed 2: void quiet" in summary(found)
+    page = replaced(f"a\n{BEGIN}\nold\n{END}\nb", markdown(found, "make chaos"))
+    assert page.startswith("a\n")
+    assert page.endswith("\nb")
+    assert "old" not in page
+    assert "| SIGKILL of a manager and its workers | 0.50 s |" in page
+    with pytest.raises(ValueError, match="has no"):
+        replaced("no marks", "x")
