@@ -612,6 +612,9 @@ class Activation:
                 "(a crash in native code, an exit, or too much memory)."
             )
             self._bury(item, body, error, attempts=tries)
+            # Stored before the next signal, which may end the worker too.
+            self.commit()
+            await self._wait_committed()
             return False
         self.runtime.attempts[self.id] = (item.sequence, tries + 1)
         self.dirty = True

@@ -154,6 +154,7 @@ class Membership:
         self._lag_at = 0.0
         self._own_heard_at = monotonic()
         self._is_deaf = False
+        self._deaf_at: float | None = None
         self._sealed: dict[str, int] = {}
         """Node to the highest incarnation that is written down as over."""
         self.disturbed_at: float | None = None
@@ -201,6 +202,13 @@ class Membership:
     def is_down(self, node: str, incarnation: int) -> bool:
         """Whether this life of *node* is known to be over: declared down, left, or replaced."""
         return self._down.get(node, -1) >= incarnation
+
+    def hears_itself(self, for_s: float) -> bool:
+        """Whether what this node sends has come back to it for so long: it may judge silence."""
+        now = monotonic()
+        if now - self._own_heard_at > self._config.heartbeat_interval_s * _DEAF_BEATS:
+            return False
+        return self._deaf_at is None or now - self._deaf_at > for_s
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """Call *callback* after every change of a node's status or record (not of its load)."""
@@ -922,6 +930,7 @@ class Membership:
             return
         is_deaf = now - self._own_heard_at > self._config.heartbeat_interval_s * _DEAF_BEATS
         if is_deaf:
+            self._deaf_at = now
             self._step(Deaf())
         if is_deaf != self._is_deaf:
             self._is_deaf = is_deaf

@@ -455,7 +455,7 @@ class Host:
             if not placed.told and placed.worker in ready:
                 placed.told = True
                 starts.setdefault(placed.worker, []).append(held.record)
-        for worker in {*stops, *starts}:
+        for worker in {*stops, *starts}.intersection(ready):  # others hold nothing
             self._order(worker, stops.get(worker, {}), starts.get(worker, []))
         if refused:
             await self._registry.write_many(refused)

@@ -126,6 +126,9 @@ class NodeManager:
             on_ready=self._worker_ready,
             on_died=self._worker_died,
             on_exhausted=self._end,
+            may_judge=lambda for_s: (
+                self._membership is not None and self._membership.hears_itself(for_s)
+            ),
             spare=spare,
         )
         self._bus: Bus | None = None

@@ -63,7 +63,8 @@ class Workers:
     """The worker processes of one node.
 
     *on_ready* and *on_died* are called with a worker's id, the latter also with the
-    cause and the handler that was running; *on_exhausted* when
+    cause and the handler that was running; *may_judge* says whether silence has proved
+    something for so many seconds; *on_exhausted* when
     workers die more often than `restarts_max` in `restart_window_s`.
     """
 
@@ -76,6 +77,7 @@ class Workers:
         on_ready: Callable[[str], None],
         on_died: Callable[[str, str, Suspect | None], None],
         on_exhausted: Callable[[str], None],
+        may_judge: Callable[[float], bool] = lambda _: True,
         spare: Sequence[Child] = (),
     ) -> None:
         self._config = config
@@ -83,6 +85,7 @@ class Workers:
         self._on_ready = on_ready
         self._on_died = on_died
         self._on_exhausted = on_exhausted
+        self._may_judge = may_judge
         self._spare = list(spare)
         self._spare += [spawn(module) for _ in range(count - len(self._spare))]
         self._workers: dict[str, WorkerProcess] = {}
@@ -170,9 +173,10 @@ class Workers:
                 entry.answered_at = monotonic()
                 return
             except BusTimeoutError:
-                # A dropped connection is not a hanging worker: only a full wait counts.
+                # A connection that dropped or swallows everything is not a hanging worker.
                 if (
                     self._bus.is_connected
+                    and self._may_judge(self._config.hang_after_s)
                     and monotonic() - since >= self._config.hang_after_s * 0.9
                 ):
                     self._log.error("worker hangs; killed", worker=entry.id)
