@@ -224,6 +224,7 @@ class Node:
         self._disturbed_at: float | None = None
         self._lagged_at: float | None = None
         self._own_heard_at = 0.0
+        self._bus_changed_at = float("-inf")
         self._ghosts: dict[str, float] = {}
         """When a life that is over here was heard all the same."""
         self._elected_at = 0.0
@@ -232,6 +233,9 @@ class Node:
         self._line = _Line()
         self._validity: Validity | None = None
         self._rejoining = False
+        self.is_checked = False
+        """Whether the records were read since the right to answer came back."""
+        self._restores = 0
         # registry and wishes
         self._held: dict[str, Held] = {}
         self._gone: dict[str, int] = {}
@@ -388,7 +392,7 @@ class Node:
             self._validity.close()
         self._worker_incarnation = self.incarnation
         fence = LIVENESS.fence_s
-        if self.world.bug is Bug.LONG_FENCE:
+        if Bug.LONG_FENCE in self.world.missing:
             fence = LIVENESS.down_after_s + 4.0
         self._validity = Validity(
             cast(Bus, self._line),
@@ -397,7 +401,6 @@ class Node:
             incarnation=self.incarnation,
             fence_s=fence,
             on_down=self._declared_down,
-            on_restored=self._restored,
         )
 
     def remaining_s(self) -> float:
@@ -410,7 +413,7 @@ class Node:
         return left
 
     def _is_valid(self) -> bool:
-        return self._validity is not None and self._validity.is_valid()
+        return self.is_checked and self._validity is not None and self._validity.is_valid()
 
     def disconnected(self) -> None:
         """The client notices that its connection is gone."""
@@ -506,7 +509,7 @@ class Node:
             self.die()
 
     def _declared_down(self) -> None:
-        if self.world.bug is Bug.RETURNS_AS_BEFORE:
+        if Bug.RETURNS_AS_BEFORE in self.world.missing:
             return
         # The worker hears the same echo, and ends.
         for activation in list(self._activations.values()):
@@ -591,7 +594,7 @@ class Node:
         self._echo(beat)
 
     def _may_echo(self) -> bool:
-        if self.world.bug is Bug.ECHOES_FOR_EVER:
+        if Bug.ECHOES_FOR_EVER in self.world.missing:
             return True
         renewed_at = self.candidate.renewed_at
         if self.now - renewed_at >= self._echo_for_s:
@@ -600,13 +603,15 @@ class Node:
 
     def _haunts(self, name: str) -> bool:
         """Whether a life of *name* that is over here was heard so lately that it may answer."""
-        if self.world.bug is Bug.TRUSTS_OLD_VERDICTS:
+        if Bug.TRUSTS_OLD_VERDICTS in self.world.missing:
             return False
-        return self.now - self._ghosts.get(name, -1e9) < LIVENESS.fence_s
+        if self.now - self._bus_changed_at < LIVENESS.suspect_after_s:
+            return True  # it may have come back while we heard nobody
+        return self.now - self._ghosts.get(name, float("-inf")) < LIVENESS.fence_s
 
     def _note_unheard(self) -> None:
         """Our own heartbeats have not come back for a while: others may not have heard them either."""
-        if self.world.bug is Bug.ECHOES_UNHEARD:
+        if Bug.ECHOES_UNHEARD in self.world.missing:
             return
         if self.now - self._own_heard_at >= LIVENESS.suspect_after_s:
             self._lagged_at = self.now
@@ -626,7 +631,8 @@ class Node:
             term=self._term,
         )
         target = self.world.nodes[beat.node]
-        self.world.send(self, target, target.on_echo, encode(echo))
+        if not self.world.is_lost():
+            self.world.send(self, target, target.on_echo, encode(echo))
 
     def on_echo(self, data: bytes) -> None:
         """An echo arrives."""
@@ -634,7 +640,28 @@ class Node:
             was_valid = self.remaining_s() > 0
             self._line.on_message(Message("", "", data, None))
             if not was_valid and self.remaining_s() > 0:
-                self.world.check_answers(self)
+                self._restores += 1
+                self.is_checked = False
+                self._go(self._restore(self._restores))
+
+    async def _restore(self, number: int) -> None:
+        """A right that had lapsed counts again once the records are seen to name us still."""
+        if Bug.RESTORES_UNREAD not in self.world.missing:
+            while True:
+                found = await self._ask(lambda: dict(self.world.buckets["agents"].entries))
+                if number != self._restores:
+                    return
+                if not isinstance(found, Failure):
+                    break
+                await self._sleep(_RETRY_S)
+            for agent, activation in list(self._activations.items()):
+                entry = found.get(agent)
+                record = None if entry is None else entry.value
+                if record is None or (record.node, record.epoch) != (self.name, activation.epoch):
+                    self._fail(activation)
+        self.is_checked = True
+        self.world.check_answers(self)
+        self._resume()
 
     def on_entries(self, bucket: str, entries: list[Entry]) -> None:
         """A watch delivers."""
@@ -689,9 +716,10 @@ class Node:
             self._notify()
 
     def _on_bus_change(self) -> None:
-        if self.world.bug is not Bug.ECHOES_AFTER_A_DROP:
+        if Bug.ECHOES_AFTER_A_DROP not in self.world.missing:
             # Others may have replaced us meanwhile: only a renewal proves otherwise.
             self._lagged_at = self.now
+        self._bus_changed_at = self.now
         self.disturb()
 
     def disturb(self) -> None:
@@ -815,6 +843,8 @@ class Node:
             self._draining is not None,
             left,
         )
+        if self.world.is_lost():
+            return  # for all: a bus does not lose one receiver's copy; `Kind.PAIR` does
         for node in self.world.nodes.values():
             if not node.is_dead:
                 self.world.send(self, node, node._on_heartbeat, beat)
@@ -825,7 +855,7 @@ class Node:
         now = self.now
         self._note_lag(now - self._expected, now)
         unheard = now - self._own_heard_at
-        if unheard >= LIVENESS.suspect_after_s and self.world.bug is not Bug.JUDGES_UNHEARD:
+        if unheard >= LIVENESS.suspect_after_s and Bug.JUDGES_UNHEARD not in self.world.missing:
             # Our own heartbeats don't come back: it is we who are cut off.
             self.disturb()
         if now >= self._next_beat:
@@ -967,7 +997,7 @@ class Node:
         if not isinstance(result, Failure):
             ok, revision = True, result
             self._remember(record, revision)
-        elif result is Failure.STALE and self.world.bug is Bug.TRUSTS_REFUSED_LEASE:
+        elif result is Failure.STALE and Bug.TRUSTS_REFUSED_LEASE in self.world.missing:
             ok, revision = True, expected + 1
         if candidate is self.candidate:
             self._lease_step(AcquireResult(attempt, ok, term, revision))
@@ -1037,7 +1067,7 @@ class Node:
         self._wake_reconciler()
 
     async def _change(self, agent: str, record: AgentRecord | None, expected: int) -> int | Failure:
-        blind = self.world.bug is Bug.BLIND_WRITES
+        blind = Bug.BLIND_WRITES in self.world.missing
         result = await self._write("agents", agent, record, None if blind else expected)
         if not isinstance(result, Failure):
             self._apply(agent, record, result)
@@ -1129,7 +1159,7 @@ class Node:
         again, self._again = self._again, "no"
         if self._lead_term is None:
             return
-        if self.world.bug is Bug.SPINS:
+        if Bug.SPINS in self.world.missing:
             wait = 0.001
         if again == "urgent" or wait == 0.0:
             self._pass_at(self.now)
@@ -1207,7 +1237,7 @@ class Node:
 
     def _tampered(self, command: Command) -> AgentRecord | None:
         record = command.record
-        if self.world.bug is Bug.KEEPS_EPOCH and record is not None:
+        if Bug.KEEPS_EPOCH in self.world.missing and record is not None:
             before = getattr(command, "before", None)
             if before is not None and before.epoch:
                 return record.model_copy(update={"epoch": before.epoch})
@@ -1217,15 +1247,15 @@ class Node:
         nodes = dict(self._views)
         soonest: float | None = None
         if now - self._elected_at < 2 * LIVENESS.fence_s:
-            for name, view in self._views.items():
-                if not view.is_alive and self._haunts(name):
+            for haunted, view in self._views.items():
+                if not view.is_alive and self._haunts(haunted):
                     # It hears from our echo that it is over, but perhaps not yet.
-                    nodes[name] = replace(view, status=NodeStatus.SUSPECT)
+                    nodes[haunted] = replace(view, status=NodeStatus.SUSPECT)
         incarnations: dict[str, int] = {}
         for held in self._held.values():
-            name = held.record.node
-            if name is not None:
-                incarnations[name] = max(incarnations.get(name, 0), held.record.incarnation)
+            home = held.record.node
+            if home is not None:
+                incarnations[home] = max(incarnations.get(home, 0), held.record.incarnation)
         for name in [n for n in self._missing_since if n not in incarnations or n in nodes]:
             del self._missing_since[name]
         for name, incarnation in incarnations.items():
@@ -1541,7 +1571,7 @@ class Node:
             if (
                 stored is not None
                 and stored.epoch > record.epoch
-                and self.world.bug is not Bug.SKIPS_EPOCH_CHECK
+                and Bug.SKIPS_EPOCH_CHECK not in self.world.missing
             ):
                 return None
             expected = 0 if entry is None else entry.revision
@@ -1573,7 +1603,7 @@ class Node:
 
     def _take_over(self, activation: Activation) -> None:
         agent = activation.agent
-        if self.world.bug is not Bug.STOP_MISSES_CLAIM:
+        if Bug.STOP_MISSES_CLAIM not in self.world.missing:
             if self._not_to_begin.get(agent, -1) >= activation.epoch:
                 return
             known = self._activations.get(agent)
@@ -1601,7 +1631,7 @@ class Node:
             self, self.rng.uniform(0.5, 1.5) * _COMMIT_EVERY_S, self._commit_later, activation
         )
 
-    def _restored(self) -> None:
+    def _resume(self) -> None:
         for activation in list(self._activations.values()):
             if activation.is_parked:
                 self._try_start(activation)

@@ -8,7 +8,6 @@ seconds from the start; everything is over at `until`, when the world heals.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from random import Random
@@ -102,16 +101,13 @@ class Story:
     """How far a watch may be behind."""
     wishes: tuple[Wish, ...] = ()
     faults: tuple[Fault, ...] = field(default=())
+    without: tuple[str, ...] = ()
+    """Names of the safeguards that were missing when the story was found; for people and tests."""
 
     @property
     def names(self) -> list[str]:
         """The nodes."""
         return [f"n{i}" for i in range(self.nodes)]
-
-    def without(self, faults: Iterable[Fault]) -> Story:
-        """The same, but for these events."""
-        gone = set(faults)
-        return replace(self, faults=tuple(item for item in self.faults if item not in gone))
 
     def text(self) -> str:
         """The story for people."""
@@ -140,6 +136,7 @@ class Story:
         """A stored story."""
         data: dict[str, Any] = json.loads(text)
         data["wishes"] = tuple(Wish(**item) for item in data["wishes"])
+        data["without"] = tuple(data.get("without", ()))
         data["faults"] = tuple(
             Fault(**{**item, "kind": Kind(item["kind"])}) for item in data["faults"]
         )
