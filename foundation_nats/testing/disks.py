@@ -158,8 +158,9 @@ class SmallDisk(_Disk):
 class MortalDisk(_Disk):
     """A volume of *size_mb* MiB with ext4 whose power can be cut.
 
-    The order at a power cut is `cut` (of all disks), SIGKILL of the servers,
-    `power_loss`, restart of the servers: the volume is again at the same path.
+    The order at a power cut is SIGKILL of the servers, `cut` of all disks, `power_loss` of
+    each, restart of the servers: the volume is again at the same path. A server that still
+    runs at the cut sees a disk that fails, and may say so to its clients.
 
     Args:
         options: of ``mount``; ``commit=300`` keeps ext4 from committing by itself for so long.
@@ -167,7 +168,6 @@ class MortalDisk(_Disk):
     Example:
         >>> with MortalDisk(256) as disk:
         ...     async with TestServer(EmbeddedConfig(store=disk.path)) as server:
-        ...         disk.cut()
         ...         server.kill()
         ...         disk.power_loss()
         ...         await server.restart()
@@ -197,8 +197,7 @@ class MortalDisk(_Disk):
     def power_loss(self) -> Path:
         """Cut the power if it is not cut yet, and mount in the same place what is left.
 
-        Kill the server before or right after `cut`. Files that somebody still has open are of
-        the volume before.
+        Files that somebody still has open are of the volume before.
 
         Returns:
             `path`, with the volume after the power loss.

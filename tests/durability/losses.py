@@ -1,9 +1,9 @@
 """Publish at full speed, take the power away, and count which acknowledged messages are gone.
 
 One run: servers on disks of their own, one file stream, messages numbered 1, 2, 3 …;
-after *load_s* the power of all disks is cut at once, the servers are killed, and they are
-started again on what the disks hold. What had been acknowledged before the cut and is not
-in the stream any more is lost.
+after *load_s* the servers are killed, the power of all disks is cut, and the servers are
+started again on what the disks hold. What had been acknowledged before and is not in the
+stream any more is lost.
 
 The stream itself was written back before the load began (`MortalDisk.settle`), as if it had
 been made minutes ago. Runs are far shorter than the kernel's own write-back (30 s): what the
@@ -13,10 +13,14 @@ server does not sync, it loses.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import statistics
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from foundation_nats.bus.connection import Bus
@@ -33,6 +37,10 @@ SUBJECT = "ledger"
 _DISK_MB = 384
 _PAGE = 1000
 _PAYLOAD_BYTES = 200
+_IN_FLIGHT = 512
+"""Enough to keep a server busy; more only wait longer where every message is synced."""
+_STUCK_AFTER_S = 15.0
+"""Elections after a start take 4 to 9 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,17 @@ class Mode:
         return f"R{self.replicas}, sync {self.sync_interval}"
 
 
-MODES = [
-    Mode(replicas, interval) for replicas in (1, 3) for interval in ("2m", "100ms", "always")
-]
+MODES = [Mode(replicas, interval) for replicas in (1, 3) for interval in ("2m", "100ms", "always")]
+
+
+class Outcome(StrEnum):
+    """What became of the stream."""
+
+    USABLE = "usable"
+    GONE = "gone"
+    """The servers know no such stream any more."""
+    STUCK = "stuck"
+    """It is listed, but has no leader and takes nothing, and that does not change by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +85,9 @@ class Loss:
     """Stored although nobody had been told."""
     holes: int
     """Numbers missing below the newest survivor: must be 0."""
-    stream_gone: bool
+    outcome: Outcome
     ready_s: float
-    """From the restart until the stream could be read."""
+    """From the restart until the stream took a message again."""
 
 
 async def measure(mode: Mode, *, load_s: float = 2.0) -> Loss:
@@ -89,9 +105,12 @@ async def measure(mode: Mode, *, load_s: float = 2.0) -> Loss:
             disk.power_loss()
         restarted = time.monotonic()
         await asyncio.gather(*(server.restart() for server in servers))
-        numbers = await _survivors(servers)
-        ready_s = time.monotonic() - restarted
-    return _judge(mode, acked, numbers, load_s, ready_s)
+        async with AsyncExitStack() as connection:
+            bus = await _connected(connection, servers)
+            outcome = await _outcome(bus)
+            ready_s = time.monotonic() - restarted
+            numbers = await _survivors(bus) if outcome is Outcome.USABLE else []
+    return _judge(mode, acked, numbers, load_s, outcome, ready_s)
 
 
 def _servers(mode: Mode, disks: list[MortalDisk]) -> list[TestServer]:
@@ -112,7 +131,9 @@ def _servers(mode: Mode, disks: list[MortalDisk]) -> list[TestServer]:
 
 
 async def _connected(stack: AsyncExitStack, servers: list[TestServer]) -> Bus:
-    bus = await Bus.connect(BusConfig(servers=tuple(s.url for s in servers)), "durability")
+    bus = await Bus.connect(
+        BusConfig(servers=tuple(s.url for s in servers), in_flight_max=_IN_FLIGHT), "durability"
+    )
     stack.push_async_callback(bus.close)
     return bus
 
@@ -156,14 +177,14 @@ async def _load(
         while time.monotonic() < deadline:
             if not bus.has_room:
                 await bus.wait_room()
-            for _ in range(64):
+            for _ in range(32):
                 number += 1
-                append_nowait(
-                    bus, SUBJECT, _payload(number), lambda ack, n=number: on_ack(n, ack)
-                )
+                append_nowait(bus, SUBJECT, _payload(number), partial(on_ack, number))
             await asyncio.sleep(0)
         # No turn of the loop between these lines: what the client knows now, it knew before.
         known = dict(acked)
+        for server in servers:
+            os.kill(server.pid, signal.SIGKILL)
         for disk in disks:
             disk.cut()
         for server in servers:
@@ -175,36 +196,39 @@ def _payload(number: int) -> bytes:
     return str(number).encode().ljust(_PAYLOAD_BYTES)
 
 
-async def _survivors(servers: list[TestServer]) -> list[int] | None:
-    """The numbers in the stream, in its order; None: there is no stream any more."""
-    async with AsyncExitStack() as stack:
-        bus = await _connected(stack, servers)
-        reader = StreamReader(bus, STREAM)
-        names: list[str] = []
+async def _outcome(bus: Bus) -> Outcome:
+    """Wait until the stream takes a message, or for good."""
+    names: list[str] = []
 
-        async def listed() -> bool:
-            found = await api(bus, "STREAM.NAMES")
-            names[:] = found.get("streams") or []
-            return True
+    async def listed() -> bool:
+        names[:] = (await api(bus, "STREAM.NAMES")).get("streams") or []
+        return True
 
-        await eventually(listed, timeout=20, message="JetStream is back")
-        if STREAM not in names:
-            return None
+    async def writable() -> bool:
+        await append(bus, SUBJECT, _payload(0), timeout=1.0)
+        return True
 
-        async def led() -> dict[str, Any]:
-            found = await reader.info()
-            if len(servers) > 1:
-                assert found["cluster"].get("leader")
-            # Only a leader that has applied its log takes writes.
-            await append(bus, SUBJECT, _payload(0), timeout=1.0)
-            return found
+    await eventually(listed, timeout=20, message="JetStream is back")
+    if STREAM not in names:
+        return Outcome.GONE
+    try:
+        await eventually(writable, timeout=_STUCK_AFTER_S, message="the stream takes messages")
+    except AssertionError:
+        return Outcome.STUCK
+    return Outcome.USABLE
 
-        info = await eventually(led, timeout=20, message="the stream has a leader")
-        state = info["state"]
-        span = state["last_seq"] - state["first_seq"] + 1 if state["messages"] else 0
-        assert state["messages"] == span, f"the stream has gaps: {state}"
-        assert not state.get("num_deleted"), state
-        return await _read(reader)
+
+async def _survivors(bus: Bus) -> list[int]:
+    """The numbers in the stream, in its order.
+
+    Raises:
+        AssertionError: there is a gap, or a message is damaged.
+    """
+    reader = StreamReader(bus, STREAM)
+    state = (await reader.info())["state"]
+    assert state["messages"] == state["last_seq"] - state["first_seq"] + 1, f"gaps: {state}"
+    assert not state.get("num_deleted"), f"gaps: {state}"
+    return await _read(reader)
 
 
 async def _read(reader: StreamReader) -> list[int]:
@@ -223,11 +247,16 @@ async def _read(reader: StreamReader) -> list[int]:
 
 
 def _judge(
-    mode: Mode, acked: dict[int, float], numbers: list[int] | None, load_s: float, ready_s: float
+    mode: Mode,
+    acked: dict[int, float],
+    numbers: list[int],
+    load_s: float,
+    outcome: Outcome,
+    ready_s: float,
 ) -> Loss:
-    kept = set(numbers or [])
-    assert len(kept) == len(numbers or []), "a message is stored twice"
-    assert numbers is None or numbers == sorted(numbers), "messages changed places"
+    kept = set(numbers)
+    assert len(kept) == len(numbers), "a message is stored twice"
+    assert numbers == sorted(numbers), "messages changed places"
     survivors = [when for number, when in acked.items() if number in kept]
     last = max(acked.values(), default=0.0)
     newest = max(survivors, default=last - load_s)
@@ -239,7 +268,7 @@ def _judge(
         lost_s=round(last - newest, 3),
         survived_unacknowledged=len(kept - acked.keys()),
         holes=len(set(range(1, max(kept, default=0) + 1)) - kept),
-        stream_gone=numbers is None,
+        outcome=outcome,
         ready_s=round(ready_s, 2),
     )
 
@@ -251,5 +280,11 @@ async def table(modes: list[Mode], *, runs: int = 3, load_s: float = 2.0) -> lis
         losses = [await measure(mode, load_s=load_s) for _ in range(runs)]
         middle = statistics.median_low([loss.lost for loss in losses])
         row = asdict(next(loss for loss in losses if loss.lost == middle))
-        rows.append({**row, "all_lost": [loss.lost for loss in losses]})
+        rows.append(
+            {
+                **row,
+                "all_lost": [loss.lost for loss in losses],
+                "outcomes": [loss.outcome for loss in losses],
+            }
+        )
     return rows
