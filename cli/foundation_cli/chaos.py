@@ -36,6 +36,10 @@ def chaos(
         list[str] | None, typer.Option(metavar="NAME", help="Only these workloads; repeatable.")
     ] = None,
     rate: Annotated[float, typer.Option(metavar="X", min=0.01, help="How busy clients are.")] = 1.0,
+    settle: Annotated[
+        float,
+        typer.Option(metavar="S", help="How long everything may take to arrive afterwards."),
+    ] = 90.0,
     attach: Annotated[
         bool,
         typer.Option(
@@ -104,6 +108,7 @@ def chaos(
         kinds=chosen,
         workloads=tuple(workload or WORKLOADS),
         rate=rate,
+        settle_s=settle,
         attach=load_config(resolve(shared)) if attach else None,
         start=start,
         keep=keep,

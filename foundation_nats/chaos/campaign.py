@@ -57,7 +57,6 @@ from foundation_nats.errors import FoundationError
 from foundation_schemas import InspectReply
 
 _UP_TIMEOUT_S = 60.0
-_SETTLE_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 60.0
 _QUIET_BEFORE_S = 0.5
 SLACK_S = 20.0
@@ -82,6 +81,8 @@ class Options:
     kinds: tuple[str, ...] | None = None
     """The sorts of faults; None: each seed draws its own."""
     rate: float = 1.0
+    settle_s: float = 90.0
+    """How long everything may take to arrive after the last fault."""
     operations_min: int = 300
     """Fewer operations that ended well, and the round is void."""
     pause_s: tuple[float, float] = (0.3, 2.0)
@@ -309,7 +310,7 @@ async def _settle(
     lab: Lab | Attached, report: Round, workloads: Sequence[Workload], history: History
 ) -> None:
     """Wait until everything has arrived and every agent runs once."""
-    deadline = monotonic() + _SETTLE_TIMEOUT_S
+    deadline = monotonic() + report.options.settle_s
     why = ""
     try:
         await lab.wait_up(_UP_TIMEOUT_S)
@@ -329,7 +330,7 @@ async def _settle(
         why = found
         await asyncio.sleep(0.1)
     # The checkers tell what is missing more precisely, where it concerns them.
-    report.failure = f"not settled {_SETTLE_TIMEOUT_S:g} s after the last fault: {why}"
+    report.failure = f"not settled {report.options.settle_s:g} s after the last fault: {why}"
 
 
 async def not_once(eye: Cluster) -> str | None:

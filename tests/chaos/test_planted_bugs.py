@@ -1,0 +1,90 @@
+"""Remove a safeguard, and a named checker notices: the tester is tested.
+
+Each runs `foundation chaos` in processes of its own, in which
+``FOUNDATION_TEST_BUG`` removes one safeguard, under the faults that the
+safeguard is there for. A sound system passes under the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+SEEDS = (1, 2, 3, 4)
+"""Within so many a bug must be caught."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A bug, the trouble that brings it out, and who finds it."""
+
+    workload: str
+    faults: tuple[str, ...]
+    caught_by: str
+    seconds: float = 10.0
+    rate: float = 1.0
+    failpoints: str = ""
+
+
+BUGS = {
+    "drop_outbox": Planted(
+        "appends",
+        ("worker.kill",),
+        "appends/effects: lost: mirror-ledger",
+        failpoints="commit.after_cas_before_outbox=1in300(kill)",
+    ),
+    "ack_before_store": Planted("appends", ("broker.kill", "client.cut"), "appends/effects: lost"),
+    "double_expand": Planted(
+        "fanout",
+        ("broker.kill", "link.cut"),
+        "fanout/effects: repeated",
+        failpoints="expand.before_ack=1in20(kill)",
+        rate=4,
+    ),
+    "trim_past_cursor": Planted(
+        "appends", ("worker.kill", "link.mangle"), "appends/effects: lost", rate=3
+    ),
+    "skip_epoch_check": Planted("appends", ("node.freeze",), "records: ", seconds=16, rate=1),
+    "answer_after_deadline": Planted(
+        "register", ("node.freeze", "link.hold_up"), "register/linearizability", seconds=20, rate=4
+    ),
+}
+
+
+def chaos(planted: Planted, seed: int, bug: str) -> dict:
+    """One round in processes of its own; *bug* empty: none."""
+    environment = {**os.environ, "FOUNDATION_TEST_BUG": bug}
+    if planted.failpoints:
+        environment["FOUNDATION_FAILPOINTS"] = planted.failpoints
+    command = [sys.executable, "-m", "foundation_cli.main", "chaos", "-o", "json"]
+    command += ["--seed", str(seed), "--seconds", str(planted.seconds), "--rate", str(planted.rate)]
+    command += ["--workload", planted.workload, "--settle", "15"]
+    for fault in planted.faults:
+        command += ["--fault", fault]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode in (0, 1), ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("bug", sorted(BUGS))
+def test_a_removed_safeguard_is_noticed(bug: str, request: pytest.FixtureRequest) -> None:
+    """By the checker that is there for it."""
+    if not request.config.getoption("--chaos"):
+        pytest.skip("needs --chaos")
+    planted = BUGS[bug]
+    seen = []
+    for seed in SEEDS:
+        found = chaos(planted, seed, bug)
+        texts = [text for run in found["runs"] for text in run["violations"]]
+        seen.append((found["verdicts"], texts[:2]))
+        if any(text.startswith(planted.caught_by) for text in texts):
+            print(f"{bug} was caught with seed {seed}: {texts[0]}")
+            return
+    pytest.fail(f"{bug} was not caught by {planted.caught_by!r}: {seen}")
