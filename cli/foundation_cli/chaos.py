@@ -40,6 +40,13 @@ def chaos(
         float,
         typer.Option(metavar="S", help="How long everything may take to arrive afterwards."),
     ] = 90.0,
+    soak: Annotated[
+        bool,
+        typer.Option(
+            "--soak",
+            help="Also fail if memory, descriptors, tasks or streams keep growing; with --seconds 600 or more.",
+        ),
+    ] = False,
     attach: Annotated[
         bool,
         typer.Option(
@@ -109,6 +116,7 @@ def chaos(
         workloads=tuple(workload or WORKLOADS),
         rate=rate,
         settle_s=settle,
+        soak=soak,
         attach=load_config(resolve(shared)) if attach else None,
         start=start,
         keep=keep,

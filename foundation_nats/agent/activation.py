@@ -99,6 +99,7 @@ class Activation:
 
     __slots__ = (
         "_awaiting",
+        "_choked",
         "_handlings",
         "_kind",
         "_waiting",
@@ -200,6 +201,7 @@ class Activation:
         """A signal has ended its worker: mark each further attempt at it in the record first."""
         self.dirty = False
         self.in_flight: list[Any] | None = None
+        self._choked = False
         self.uncommitted = 0
         self.starting = True
         self.stopping: str | None = None
@@ -301,11 +303,7 @@ class Activation:
         self.task = task
         try:
             while self.queue and self.stopping is None:
-                if (
-                    self.uncommitted >= _UNCOMMITTED_MAX
-                    or len(self.outbox) >= self.runtime.outbox_max
-                    or self.outbox_bytes >= self.runtime.outbox_max_bytes
-                ):
+                if self.uncommitted >= _UNCOMMITTED_MAX or self._is_choked():
                     break
                 item = self.queue[0]
                 if isinstance(item, _Ask):
@@ -339,6 +337,25 @@ class Activation:
             await self._finish()
         elif self.behind and self.backlog <= self.runtime.in_memory_max // 2:
             self.runtime.catch_up(self)
+
+    def _is_choked(self) -> bool:
+        """Whether receivers must take some of what was emitted before more is handled.
+
+        Every commit carries the whole outbox, so it is not filled up again one by one:
+        once full, handling goes on when half of it has left, or a receiver is full itself.
+        """
+        count, size = len(self.outbox), self.outbox_bytes
+        share = 2 if self._choked else 1
+        runtime = self.runtime
+        self._choked = (
+            count * share >= runtime.outbox_max or size * share >= runtime.outbox_max_bytes
+        )
+        return self._choked
+
+    def unchoke(self) -> None:
+        """Go on as soon as there is any room in the outbox."""
+        self._choked = False
+        self.resume()
 
     async def _start(self) -> None:
         agent = self.agent
@@ -794,13 +811,15 @@ class Activation:
         if self._waiting is None:
             self._waiting = {}
         for item in items:
-            if item.msg_id not in self.outbox:
+            # Every commit brings all that was not acknowledged when it left.
+            if item.in_line or item.msg_id not in self.outbox:
                 continue
+            item.in_line = True
             line = self._waiting.get(item.subject)
             if line is None:
                 self._waiting[item.subject] = deque((item,))
                 self._publish_head(item.subject)
-            elif item not in line:
+            else:
                 line.append(item)
 
     def _publish_head(self, subject: str) -> None:
@@ -845,6 +864,8 @@ class Activation:
         line.popleft()
         if line:
             self._publish_head(subject)
+            if self._choked and not self._is_choked():
+                self.resume()
         else:
             self._published(subject)
 

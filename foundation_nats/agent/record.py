@@ -27,6 +27,8 @@ class OutboxItem:
     """Since when its receiver has no room, on `monotonic`."""
     tried_since: float | None = None
     """When this activation first tried to publish it, on `monotonic`."""
+    in_line: bool = False
+    """This activation has taken it up: it stands in its receiver's line until it is stored there."""
 
 
 def encode_record(

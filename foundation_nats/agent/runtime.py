@@ -547,6 +547,8 @@ class Runtime:
             if now - item.refused_since >= self._full_patience_s:
                 activation.give_up_publishing(subject, error)
                 return
+            # It may be waiting for itself.
+            activation.unchoke()
             delay = 0.5
         elif not isinstance(error, BusTimeoutError | BusUnavailableError):
             self.log.error(

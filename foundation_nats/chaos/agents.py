@@ -48,6 +48,40 @@ class Ledger(Agent):
         return len(self.state.applied)
 
 
+class Numbered(BaseModel):
+    """The sender's next number."""
+
+    sender: str
+    number: int
+
+
+class Tally(Agent):
+    """Counts what each sender numbers, and sees gaps and repetitions without keeping a list."""
+
+    class State(State):
+        """Where each sender stands, and what was wrong."""
+
+        last: dict[str, int] = Field(default_factory=dict)
+        applied: int = 0
+        repeated: int = 0
+        skipped: int = 0
+
+    @on("tally.count")
+    async def count(self, signal: Signal[Numbered]) -> None:
+        """Count it, and tell the mirror where there is one."""
+        sender, number = signal.data.sender, signal.data.number
+        last = self.state.last.get(sender, 0)
+        self.state.applied += 1
+        self.state.skipped += max(0, number - last - 1)
+        self.state.repeated += number <= last
+        self.state.last[sender] = max(last, number)
+        mirror = self.config.get("mirror")
+        if mirror:
+            self.emit(
+                "tally.count", {"sender": sender, "number": number}, to=mirror.format(self.id)
+            )
+
+
 class Transfer(BaseModel):
     """Move *amount* to *to*; *key* names the order."""
 

@@ -40,11 +40,13 @@ from foundation_nats.chaos.checkers import (
     Judgement,
     check_assignments,
     check_capacity,
+    check_drift,
     check_false_downs,
     check_leadership,
     check_records,
 )
 from foundation_nats.chaos.checkers.leadership import Disturbance
+from foundation_nats.chaos.gauges import ALLOWED, Gauges
 from foundation_nats.chaos.history import History, now_ns
 from foundation_nats.chaos.lab import Lab
 from foundation_nats.chaos.nemesis import Done, Nemesis
@@ -59,6 +61,8 @@ from foundation_schemas import InspectReply
 _UP_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
 _QUIET_BEFORE_S = 0.5
+_SAMPLES = 300
+"""Of each gauge in a soak."""
 SLACK_S = 20.0
 """How long after a disturbance a node may be declared down because of it: time to be
 silent, to be confirmed, and the grace after a disturbed bus."""
@@ -87,6 +91,8 @@ class Options:
     """Fewer operations that ended well, and the round is void."""
     pause_s: tuple[float, float] = (0.3, 2.0)
     """Between two faults."""
+    soak: bool = False
+    """Also look for drift: of memory, descriptors, threads, tasks and sizes of streams."""
     environment: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     attach: Config | None = None
@@ -251,6 +257,9 @@ async def _under_trouble(lab: Lab | Attached, report: Round, history: History, s
             asyncio.create_task(workload.run(lab.clients, history, stopping), name=workload.name)
             for workload in workloads
         ]
+        gauges = Gauges(lab, every_s=max(0.5, options.seconds / _SAMPLES))
+        if options.soak:
+            scope.start(gauges.run(), "gauges")
         nemesis = Nemesis(lab, report.plan, _saboteurs(report))
         before: dict[int, dict[str, int]] = {}
         try:
@@ -279,6 +288,8 @@ async def _under_trouble(lab: Lab | Attached, report: Round, history: History, s
         report.failovers = _failovers(nemesis.done, before, observer)
         report.memory_mb = _memory(lab)
         await _judge(lab, report, workloads, history, observer)
+        if options.soak:
+            report.judgements.append(check_drift(gauges.series(), ALLOWED))
     _void(report, history)
 
 
@@ -507,8 +518,8 @@ class Campaign:
             "operations": dict(sum((item.operations for item in self.rounds), Counter())),
             "faults": len(done),
             "faults_by_kind": dict(Counter(item.fault.kind for item in done)),
-            "lost": self._violations("lost:"),
-            "repeated": self._violations("repeated:"),
+            "lost": self._sort("lost"),
+            "repeated": self._sort("repeated"),
             "violations": sum(item.violations_count for r in self.rounds for item in r.judgements),
             "false_downs": sum(item.false_downs for item in self.rounds),
             "settled_s": _percentiles([item.settled_s for item in self.rounds]),
@@ -528,13 +539,8 @@ class Campaign:
             "runs": [item.to_json() for item in self.rounds if item.verdict != "passed"],
         }
 
-    def _violations(self, prefix: str) -> int:
-        return sum(
-            text.startswith(prefix)
-            for r in self.rounds
-            for item in r.judgements
-            for text in item.violations
-        )
+    def _sort(self, sort: str) -> int:
+        return sum(item.sorts[sort] for r in self.rounds for item in r.judgements)
 
 
 async def run_campaign(

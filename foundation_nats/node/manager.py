@@ -323,7 +323,11 @@ class NodeManager:
         assert self._membership is not None
         assert self._host is not None
         agents: dict[str, int] = {}
-        details: dict[str, object] = {"pid": os.getpid(), "placed": self._host.agents()}
+        details: dict[str, object] = {
+            "pid": os.getpid(),
+            "placed": self._host.agents(),
+            "tasks": len(asyncio.all_tasks()),
+        }
         for worker in self._workers.ready():
             subject = self._subjects.control_worker(worker, "inspect")
             with contextlib.suppress(FoundationError):

@@ -145,6 +145,7 @@ class Worker:
                 "backlog": self._workload.backlog(),
                 "valid_s": round(self._validity.remaining_s(), 3),
                 "lag_s": round(self._lag_s, 4),
+                "tasks": len(asyncio.all_tasks()),
             },
         )
 

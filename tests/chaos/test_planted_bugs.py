@@ -27,7 +27,7 @@ class Planted:
 
     workload: str
     faults: tuple[str, ...]
-    caught_by: str
+    caught_by: str | tuple[str, ...]
     seconds: float = 10.0
     rate: float = 1.0
     failpoints: str = ""
@@ -45,15 +45,17 @@ BUGS = {
         "fanout",
         ("broker.kill", "link.cut"),
         "fanout/effects: repeated",
-        failpoints="expand.before_ack=1in20(kill)",
+        failpoints="expand.before_ack=1in200(kill)",
         rate=4,
     ),
     "trim_past_cursor": Planted(
         "appends", ("worker.kill", "link.mangle"), "appends/effects: lost", rate=3
     ),
-    "skip_epoch_check": Planted("appends", ("node.freeze",), "records: ", seconds=16, rate=1),
+    "skip_epoch_check": Planted(
+        "appends", ("node.freeze", "link.cut"), ("records: ", "appends/effects: lost"), seconds=16
+    ),
     "answer_after_deadline": Planted(
-        "register", ("node.freeze", "link.hold_up"), "register/linearizability", seconds=20, rate=4
+        "register", ("link.cut",), "register/linearizability", seconds=20, rate=4
     ),
 }
 

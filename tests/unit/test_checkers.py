@@ -16,6 +16,7 @@ from foundation_nats.chaos.checkers import (
     check_capacity,
     check_conserved,
     check_cut,
+    check_drift,
     check_effects,
     check_exclusion,
     check_false_downs,
@@ -24,12 +25,15 @@ from foundation_nats.chaos.checkers import (
     check_linearizable,
     check_order,
     check_records,
+    check_tallies,
 )
+from foundation_nats.chaos.checkers.drift import Allowance, Series
 from foundation_nats.chaos.checkers.exclusion import Guarded, Holding
 from foundation_nats.chaos.checkers.leadership import Disturbance, DownSeen, LeaseSeen
 from foundation_nats.chaos.checkers.linearizable import REGISTER, search
 from foundation_nats.chaos.checkers.money import Account, Cut
 from foundation_nats.chaos.checkers.records import AssignmentSeen, RecordSeen
+from foundation_nats.chaos.checkers.tallies import Tally
 from foundation_nats.chaos.history import History, Operation
 from foundation_nats.errors import AgentUnavailableError, BusTimeoutError
 
@@ -342,3 +346,76 @@ def test_a_history_is_saved_and_read_again(tmp_path: Path) -> None:
     assert again.operations == history.operations
     assert [item.outcome for item in again.operations] == ["ok", "unknown", "fail", "unknown"]
     assert len(again.of("send")) == 4
+
+
+def numbered(number: int, outcome: str = "ok") -> Operation:
+    """A send of *number* by p to a."""
+    return Operation("p", "send", "a", number, 1, 2, outcome)  # type: ignore[arg-type]
+
+
+def test_sound_tallies_are_sound() -> None:
+    """The last one is unknown: counted here, not counted there."""
+    sent = [numbered(1), numbered(2), numbered(3, "unknown")]
+    tallies = {"a": Tally({"p": 3}, 3), "mirror-a": Tally({"p": 2}, 2)}
+    assert check_tallies(sent, tallies, BOTH).is_clean
+
+
+@pytest.mark.parametrize(
+    ("tally", "word"),
+    [
+        (Tally({"p": 1}, 1), "lost: a stands at 1"),
+        (Tally(), "lost: a stands at 0"),
+        (Tally({"p": 2}, 3, repeated=1), "repeated: a"),
+        (Tally({"p": 2}, 1, skipped=1), "lost: a passed over 1"),
+        (Tally({"p": 4}, 4), "ghost: a stands at 4"),
+        (Tally({"p": 2}, 5), "sum: a counted 5"),
+    ],
+)
+def test_planted_tallies_are_found(tally: Tally, word: str) -> None:
+    """Behind its receipts, twice, passed over, beyond what was sent, forged."""
+    sent = [numbered(1), numbered(2), numbered(3, "fail")]
+    judgement = check_tallies(sent, {"a": tally, "mirror-a": Tally({"p": 2}, 2)}, BOTH)
+    assert [text.startswith(word) for text in judgement.violations] == [True]
+
+
+ALLOWED = {"MB": Allowance(share=0.1, absolute=5.0)}
+
+
+def series(gain: float, noise: float = 0.0, warm_up: float = 0.0, count: int = 60) -> Series:
+    """100 MB that gain so much in all, with noise, after a rise at the beginning."""
+    chance = random.Random(count)
+    samples = [
+        (
+            float(number),
+            100
+            + gain * number / count
+            + chance.uniform(-noise, noise)
+            # What rises at first and then stays.
+            + warm_up * min(1.0, number / (count / 4)),
+        )
+        for number in range(count)
+    ]
+    return Series("node memory", "MB", samples)
+
+
+@pytest.mark.parametrize(
+    "steady",
+    [
+        series(0),
+        series(0, noise=30, count=300),
+        series(0, warm_up=80),
+        series(8),
+        series(90, count=9),
+    ],
+)
+def test_what_does_not_grow_without_end_is_no_drift(steady: Series) -> None:
+    """Flat, noisy, a rise at the start, a gain within the allowance, too short to tell."""
+    assert check_drift([steady], ALLOWED).is_clean
+
+
+@pytest.mark.parametrize("leak", [series(60), series(60, noise=20), series(60, warm_up=80)])
+def test_steady_growth_is_a_drift(leak: Series) -> None:
+    """With and without noise, and behind a rise at the start."""
+    judgement = check_drift([leak], ALLOWED)
+    assert judgement.violations_count == 1
+    assert judgement.violations[0].startswith("grows: node memory was")

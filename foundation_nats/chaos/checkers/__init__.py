@@ -6,6 +6,7 @@ system's favour: what it could not decide it says.
 """
 
 from foundation_nats.chaos.checkers.capacity import check_capacity
+from foundation_nats.chaos.checkers.drift import Allowance, Series, check_drift
 from foundation_nats.chaos.checkers.effects import check_effects, check_order
 from foundation_nats.chaos.checkers.exclusion import check_exclusion, check_fencing
 from foundation_nats.chaos.checkers.judgement import Judgement
@@ -13,13 +14,18 @@ from foundation_nats.chaos.checkers.leadership import check_false_downs, check_l
 from foundation_nats.chaos.checkers.linearizable import check_linearizable
 from foundation_nats.chaos.checkers.money import check_conserved, check_cut
 from foundation_nats.chaos.checkers.records import check_assignments, check_records
+from foundation_nats.chaos.checkers.tallies import Tally, check_tallies
 
 __all__ = [
+    "Allowance",
     "Judgement",
+    "Series",
+    "Tally",
     "check_assignments",
     "check_capacity",
     "check_conserved",
     "check_cut",
+    "check_drift",
     "check_effects",
     "check_exclusion",
     "check_false_downs",
@@ -28,4 +34,5 @@ __all__ = [
     "check_linearizable",
     "check_order",
     "check_records",
+    "check_tallies",
 ]

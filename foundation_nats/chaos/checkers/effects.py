@@ -43,14 +43,14 @@ def check_effects(
         found = Counter(applied.get(receiver, ()))
         buried = set(dead.get(receiver, ())) if dead else set()
         for key in sorted(receipted.get(receiver, set()) - found.keys() - buried):
-            judgement.violated(f"lost: {receiver} never applied {key}, which has a receipt")
+            judgement.violated(f"{receiver} never applied {key}, which has a receipt", "lost")
         for key, count in found.items():
             if count > 1:
-                judgement.violated(f"repeated: {receiver} applied {key} {count} times")
+                judgement.violated(f"{receiver} applied {key} {count} times", "repeated")
             if key not in possible.get(receiver, ()):
-                judgement.violated(f"ghost: {receiver} applied {key}, which was not sent")
+                judgement.violated(f"{receiver} applied {key}, which was not sent", "ghost")
         for key in sorted(buried & found.keys()):
-            judgement.violated(f"both: {receiver} applied {key}, which is a dead letter too")
+            judgement.violated(f"{receiver} applied {key}, which is a dead letter too", "both")
     return judgement
 
 

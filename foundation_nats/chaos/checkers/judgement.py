@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-_SHOWN_MAX = 10
+_SHOWN_MAX = 5
+"""Of each sort, so that a hundred lost signals don't hide the one that came twice."""
 
 
 @dataclass(slots=True)
@@ -15,17 +17,23 @@ class Judgement:
     invariant: int
     """Its number in the list of docs/reliability.md."""
     violations: list[str] = field(default_factory=list)
-    violations_count: int = 0
-    """All of them; `violations` holds the first few."""
+    """The first few of each sort."""
+    sorts: Counter[str] = field(default_factory=Counter)
+    """How many of each sort, which is the text before the colon."""
     looked_at: int = 0
     undecided: list[str] = field(default_factory=list)
     """What it could not decide, and why."""
 
-    def violated(self, text: str) -> None:
-        """Note one violation."""
-        self.violations_count += 1
-        if len(self.violations) < _SHOWN_MAX:
-            self.violations.append(text)
+    @property
+    def violations_count(self) -> int:
+        """All of them, shown or not."""
+        return self.sorts.total()
+
+    def violated(self, text: str, sort: str = "") -> None:
+        """Note one violation of a *sort*, such as ``lost``."""
+        self.sorts[sort] += 1
+        if self.sorts[sort] <= _SHOWN_MAX:
+            self.violations.append(f"{sort}: {text}" if sort else text)
 
     @property
     def is_clean(self) -> bool:

@@ -4,11 +4,13 @@ from foundation_nats.chaos.workloads.appends import Appends, Fanout, Pipeline
 from foundation_nats.chaos.workloads.bank import Bank
 from foundation_nats.chaos.workloads.base import Workload
 from foundation_nats.chaos.workloads.churn import Churn
+from foundation_nats.chaos.workloads.counters import Counters
 from foundation_nats.chaos.workloads.locks import Locks
 from foundation_nats.chaos.workloads.registers import Keys, Registers
 
 WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (Appends, Bank, Pipeline, Fanout, Registers, Keys, Locks, Churn)
+    kind.name: kind
+    for kind in (Appends, Counters, Bank, Pipeline, Fanout, Registers, Keys, Locks, Churn)
 }
 """By name."""
 

@@ -74,9 +74,15 @@ async def send_until_receipted(
     type: str,
     data: Any,
     key: str,
+    *,
+    value: Any = None,
 ) -> bool:
-    """Send one signal under one id until there is a receipt; False: stopped before."""
-    operation = history.invoke(process, "send", target, key)
+    """Send one signal under one id until there is a receipt; False: stopped before.
+
+    Args:
+        value: of the operation in the history; None: the key.
+    """
+    operation = history.invoke(process, "send", target, key if value is None else value)
     while True:
         try:
             await cluster.send(target, type, data, id=key, timeout=SEND_TIMEOUT_S)
