@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint types architecture unit check fix bench chaos wheel-check docs clean
+.PHONY: install demo test lint types architecture unit check fix bench chaos soak test-long wheel-check docs clean
 
 install: $(STAMP)
 
@@ -42,8 +42,18 @@ fix: install
 bench: install
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# Twenty minutes of rounds with new seeds; CHAOS='--seed N --minutes M --write' repeats and records.
 chaos: install
-	$(BIN)/python -m pytest -q tests/cluster --chaos $(CHAOS)
+	$(BIN)/python -m benchmarks.chaos $(CHAOS)
+
+# An hour of one round that looks for drift: memory, descriptors, tasks, sizes of streams.
+soak: install
+	$(BIN)/foundation chaos --soak --seconds 3600 --rate 0.5 --workload counters --workload churn \
+		--fault link.cut --fault link.delay --fault link.mangle --fault client.cut $(SOAK)
+
+# The fault tests that take too long for every run, and each safeguard removed in turn.
+test-long: install
+	$(BIN)/python -m pytest -q tests/cluster tests/chaos tests/model tests/durability --chaos $(TESTS)
 
 wheel-check: install
 	$(BIN)/python -m pytest -q tests/packaging

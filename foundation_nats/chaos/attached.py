@@ -118,6 +118,11 @@ class Attached:
         await self._look()
         if not any(node.is_local for node in self._nodes.values()):
             await self.eye.close()
+            if not self._nodes:
+                raise ConfigError(
+                    f"Cluster {self._config.cluster} has no nodes, so nothing can be broken.",
+                    hint="Name the cluster with --cluster, or start nodes.",
+                )
             raise ConfigError(
                 "None of the cluster's nodes runs on this machine, so nothing can be broken.",
                 hint="Run this where a node runs.",

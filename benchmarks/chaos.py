@@ -1,0 +1,76 @@
+"""`make chaos`: twenty minutes of rounds over many seeds, and the section of docs/reliability.md.
+
+Three kinds of rounds take turns: everything at once on one broker, everything on three
+brokers, and a flood of signals, which is where the millions come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+
+from foundation_nats.chaos.campaign import Campaign, Options, run_campaign
+from foundation_nats.chaos.report import markdown, replaced, summary
+
+RESULTS = Path(__file__).parent / "results" / "chaos.json"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
+
+KINDS = (
+    Options(seconds=20),
+    Options(seconds=20, brokers=3, rate=0.5),
+    Options(seconds=20, workloads=("counters",), rate=20),
+)
+"""The rounds that take turns."""
+
+
+async def campaign(seed: int, minutes: float, keep: Path) -> Campaign:
+    """Rounds for so long; the one that is under way is ended."""
+    found = Campaign()
+    deadline = time.monotonic() + minutes * 60
+    turn = 0
+    while time.monotonic() < deadline:
+        options = replace(KINDS[turn % len(KINDS)], keep=keep)
+        one = await run_campaign(seed + turn, options, rounds=1, say=_say)
+        found.rounds += one.rounds
+        turn += 1
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """0 if every round passed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=None, help="of the first round; +1 for each")
+    parser.add_argument("--keep", type=Path, default=None, help="evidence of rounds that fail")
+    parser.add_argument("--write", action="store_true", help="update the results and the docs")
+    chosen = parser.parse_args()
+    seed = secrets.randbelow(1 << 31) if chosen.seed is None else chosen.seed
+    keep = chosen.keep or Path(tempfile.mkdtemp(prefix="foundation-chaos-"))
+    campaign_found = asyncio.run(campaign(seed, chosen.minutes, keep))
+    found = campaign_found.to_json()
+    print(summary(found))
+    if not any(keep.iterdir()):
+        keep.rmdir()
+    else:
+        print(f"evidence: {keep}")
+    if chosen.write:
+        RESULTS.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+        section = markdown(found, f"make chaos CHAOS='--minutes {chosen.minutes:g} --seed {seed}'")
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), section))
+    return 0 if campaign_found.is_passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
