@@ -17,6 +17,8 @@ import sys
 import time
 from typing import Any
 
+from foundation_nats.base.failpoint import planted_bugs
+
 _ROOT = "foundation_nats"
 _FIELDS = "foundation_fields"
 
@@ -108,6 +110,11 @@ def configure(*, level: str = "info", json: bool = False) -> None:
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(getattr(logging, level.upper(), logging.INFO))
+    if bugs := planted_bugs():
+        get_logger("failpoint").warning(
+            "safeguards are removed in this process (FOUNDATION_TEST_BUG); never do this in earnest",
+            removed=", ".join(sorted(bugs)),
+        )
 
 
 def get_logger(component: str) -> Logger:
