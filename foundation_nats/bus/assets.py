@@ -26,6 +26,8 @@ MIN_SERVER = (2, 14, 0)
 BUCKETS = ("nodes", "agents", "state", "desired", "leases", "settings", "coordination")
 EXPANDER = "expander"
 """The durable consumer of ROUTES that every node serves."""
+ROUTE_ACK_WAIT_S = 10.0
+"""After so long without a word from whoever expands it, a signal for many goes to another."""
 
 _MARKED = ("nodes", "leases")  # buckets whose keys expire, visibly
 _IN_USE_DIFFERENT = 10058
@@ -160,7 +162,7 @@ async def ensure(bus: Bus, config: Config) -> None:
                 "name": EXPANDER,
                 "durable_name": EXPANDER,
                 "ack_policy": "explicit",
-                "ack_wait": 30 * _SECOND,
+                "ack_wait": int(ROUTE_ACK_WAIT_S * _SECOND),
                 "max_deliver": -1,
                 "max_ack_pending": 256,
                 "deliver_policy": "all",

@@ -204,9 +204,16 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
                     [entry["name"] for entry in _entries(report)] + Churn.deployments()
                 )
     except Exception as error:  # whatever it is, the report must tell it
-        report.failure = f"{type(error).__name__}: {error}"
+        report.failure = "; ".join(f"{type(one).__name__}: {one}" for one in _leaves(error))
     report.seconds = monotonic() - begun
     return report
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The errors that a group is made of."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in _leaves(one)]
+    return [error]
 
 
 def _own_lab(seed: int, options: Options) -> Lab:

@@ -33,6 +33,8 @@ GPUS = 6
 """What each node declares of a scarce resource."""
 
 SETTINGS: dict[str, Any] = {
+    # A broker that restarts knows the ids of what is still stored; consumed signals stay for
+    # longer than a route waits for another expander.
     # Faults come faster than in life, so verdicts must, too; the relations stay.
     "liveness": {
         "suspect_after_s": 1.0,
@@ -42,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     },
     "control": {"unavailable_grace_s": 3.0},
     "worker": {"hang_after_s": 2.5, "restarts_max": 50},
-    "mailbox": {"trim_every_s": 0.5, "trim_min_age_s": 1.0, "mailbox_max": 5000},
+    "mailbox": {"trim_every_s": 0.5, "trim_min_age_s": 15.0, "mailbox_max": 5000},
 }
 
 

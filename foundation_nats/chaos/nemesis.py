@@ -267,6 +267,8 @@ class Nemesis:
     @asynccontextmanager
     async def _broker_cut(self, done: Done) -> AsyncIterator[None]:
         server = await self._a_broker(done)
+        # Whoever is connected to it is parted from the others as it is.
+        done.touches.append(None)
         self._lab.cut_off(server)
         try:
             yield

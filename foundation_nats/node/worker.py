@@ -220,7 +220,8 @@ def _end_with_manager() -> None:
     """Leave when the pipe from the manager ends, whatever the event loop is doing."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1024):
+        # Not the buffered reader: its lock, held here, would abort the interpreter's end.
+        while os.read(sys.stdin.fileno(), 1024):
             pass
         os._exit(0)
 
@@ -240,7 +241,11 @@ async def serve(factory: WorkloadFactory) -> int:
     log = get_logger("worker").bind(worker=orders.worker)
     for module in orders.imports:
         __import__(module)
-    bus = await Bus.connect(orders.config.bus, orders.worker)
+    try:
+        bus = await Bus.connect(orders.config.bus, orders.worker)
+    except BusError as error:
+        log.error("worker can't connect; its manager starts another", error=str(error))
+        return 1
     worker = Worker(orders, bus, factory)
     worker.open()
     try:

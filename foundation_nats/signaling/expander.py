@@ -8,21 +8,27 @@ running or not: mail waits. ``any:`` picks one receiver and writes the choice
 down before it sends, so that a repeat picks the same. A receiver whose mailbox
 stays full gets a dead letter instead, long before the others' copies could be
 forgotten by the stream and be stored twice.
+
+An answer to the stream (done, or try again) may be lost with the connection; it is
+given again after a reconnect, because without it the message comes again only after
+`assets.ROUTE_ACK_WAIT_S`, when a broker that restarted meanwhile knows the ids of
+those copies only that are still stored.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from functools import partial
 from hashlib import blake2b
 from secrets import token_hex
 
 import orjson
 
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
-from foundation_nats.bus.assets import EXPANDER
+from foundation_nats.bus.assets import EXPANDER, ROUTE_ACK_WAIT_S
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.streams import PubAck, append, append_nowait
@@ -44,6 +50,9 @@ _BATCH = 32
 _FRESH_S = 3.0
 _PICK_TTL_S = 3600.0
 _NAK_S = 1.0
+_ACK = b"+ACK"
+_NAK = b"-NAK " + orjson.dumps({"delay": int(_NAK_S * 1e9)})
+_IN_PROGRESS = b"+WPI"
 
 _RANK = {AgentStatus.RUNNING: 0, AgentStatus.STARTING: 1, AgentStatus.MOVING: 1}
 
@@ -87,13 +96,26 @@ class Expander:
         self._registry = registry
         self._picks = Bucket(bus, subjects, "coordination")
         self._log = get_logger("expander")
-        self._inbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=2 * _BATCH)
+        self._inbox: asyncio.Queue[tuple[float, Message]] = asyncio.Queue(maxsize=2 * _BATCH)
+        self._answers: deque[tuple[float, str, bytes]] = deque(maxlen=2 * _BATCH)
+        """(when, to which delivery, what) was answered last."""
+        bus.on_reconnect(self._on_reconnect)
+
+    def _on_reconnect(self) -> None:
+        for at, reply, verdict in self._answers:
+            if monotonic() - at < ROUTE_ACK_WAIT_S:
+                self._bus.publish(reply, verdict)
         # A pull request does not survive a reconnect: end it as the server would.
-        bus.on_reconnect(lambda: self._take(Message("", "", b"", b"NATS/1.0 408\r\n\r\n")))
+        self._take(Message("", "", b"", b"NATS/1.0 408\r\n\r\n"))
+
+    def _answer(self, message: Message, verdict: bytes) -> None:
+        self._answers.append((monotonic(), message.reply, verdict))
+        if self._bus.is_connected:
+            self._bus.publish(message.reply, verdict)
 
     def _take(self, message: Message) -> None:
         if not self._inbox.full():
-            self._inbox.put_nowait(message)
+            self._inbox.put_nowait((monotonic(), message))
 
     async def run(self) -> None:
         """Pull, expand, acknowledge, for ever."""
@@ -108,7 +130,9 @@ class Expander:
         """One pull request: up to a batch of messages, or nothing within the time."""
         request = js_api("CONSUMER.MSG.NEXT", f"{self._subjects.routes_stream}.{EXPANDER}")
         while not self._inbox.empty():
-            self._inbox.get_nowait()
+            _, unread = self._inbox.get_nowait()
+            if not unread.status:
+                self._answer(unread, _NAK)
         # A pulled message arrives under its own subject, so it needs a
         # subscription of its own rather than the shared inbox.
         reply = f"{self._bus.inbox}.pull.{token_hex(8)}"
@@ -118,22 +142,24 @@ class Expander:
             self._bus.publish(request, orjson.dumps(body), reply=reply)
             async with asyncio.timeout(_PULL_S + 2):
                 for _ in range(_BATCH):
-                    message = await self._inbox.get()
+                    taken_at, message = await self._inbox.get()
                     if message.status:
                         if message.status not in (404, 408):
                             await asyncio.sleep(0.2)
                         return
-                    await self._expand(message)
+                    await self._expand(message, taken_at)
         except TimeoutError:
             return
         finally:
             self._bus.unsubscribe(route)
 
-    async def _expand(self, message: Message) -> None:
+    async def _expand(self, message: Message, taken_at: float) -> None:
         # The reply subject is where the acknowledgement goes.
         failpoint("expand.before")
         while self._registry.age_s > _FRESH_S:
             await asyncio.sleep(0.1)
+        if monotonic() - taken_at > ROUTE_ACK_WAIT_S:
+            return  # cut off or frozen for so long that it was given to another
         # fnd.C.route.<kind>[.<name>]
         tokens = message.subject.split(".")
         kind, name = tokens[3], tokens[4] if len(tokens) > 4 else ""
@@ -146,19 +172,17 @@ class Expander:
                 ids = [held.record.id for held in found]
                 if kind == "any":
                     ids = [await self._pick(found, key)]
-                full = await self._copy(message.data, ids, key)
+                full = await self._copy(message, ids, key)
                 if full and _delivered(message) < self._tries_max:
                     raise full[0][1]
                 for agent, error in full:
                     await self._give_up(message, agent, key, error)
             failpoint("expand.before_ack")
-            self._bus.publish(message.reply, b"+ACK")
+            self._answer(message, _ACK)
         except (MailboxFullError, BusTimeoutError, BusUnavailableError) as error:
             # Not acknowledged: it comes again, and what was copied is not copied twice.
             self._log.info("expansion put off", subject=message.subject, error=str(error))
-            if self._bus.is_connected:
-                nak = orjson.dumps({"delay": int(_NAK_S * 1e9)})
-                self._bus.publish(message.reply, b"-NAK " + nak)
+            self._answer(message, _NAK)
 
     async def _pick(self, candidates: list[Held], key: str) -> str:
         choice = pick(candidates, key)
@@ -172,7 +196,7 @@ class Expander:
         return choice
 
     async def _copy(
-        self, data: bytes, agents: list[str], key: str
+        self, message: Message, agents: list[str], key: str
     ) -> list[tuple[str, MailboxFullError]]:
         """Store a copy in every mailbox; returns those that had no room.
 
@@ -195,8 +219,12 @@ class Expander:
             if left == 0 and not done.done():
                 done.set_result(None)
 
+        told_at = monotonic()
         for index, agent in enumerate(agents):
             await self._bus.wait_room()
+            if monotonic() - told_at > ROUTE_ACK_WAIT_S / 4 and self._bus.is_connected:
+                told_at = monotonic()
+                self._bus.publish(message.reply, _IN_PROGRESS)
             if index == len(agents) // 2:
                 failpoint("expand.mid")
             msg_id = blake2b(f"{key}\n{agent}".encode(), digest_size=16).hexdigest()
@@ -206,7 +234,7 @@ class Expander:
                 append_nowait(
                     self._bus,
                     self._subjects.mailbox(agent),
-                    data,
+                    message.data,
                     partial(on_ack, agent),
                     headers={"Nats-Msg-Id": msg_id},
                 )

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 def chaos(*arguments: str, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     command = [sys.executable, "-m", "foundation_cli.main", "chaos", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode in codes, (ended.returncode, ended.stdout[-3000:], ended.stderr[-3000:])
     return ended
 

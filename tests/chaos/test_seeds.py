@@ -1,0 +1,30 @@
+"""Seeds that once showed a bug, each as it was run then; with `--chaos`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.test_slice import report
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+
+SEEDS = {
+    "a signal for many was copied twice after its acknowledgement was lost": ("--seed", "1003"),
+    "a burial was not stored before the next signal; a deaf manager killed its workers": (
+        "--seed", "33", "--brokers", "3", "--rate", "0.5",
+    ),
+    "whoever is connected to a broker that is cut off is parted from the others": (
+        "--seed", "1004", "--brokers", "3", "--rate", "0.5",
+    ),
+    "agents that emit compared all with all": (
+        "--seed", "5", "--seconds", "15", "--rate", "20", "--workload", "counters",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", SEEDS)
+def test_a_seed_that_found_a_bug_passes(found: str, request: pytest.FixtureRequest) -> None:
+    """The plan is the same; the timing is not, so passing once proves little, failing much."""
+    if not request.config.getoption("--chaos"):
+        pytest.skip("needs --chaos")
+    report("--seconds", "20", *SEEDS[found])
