@@ -155,6 +155,8 @@ class WorkerConfig(_Section):
     stop_timeout_s: float = 10.0
     handler_timeout_s: float | None = None
     """A handler that takes longer is cancelled and counts as failed; None: no limit."""
+    ready_timeout_s: float = 20.0
+    """How long an agent may take from `on_start` to `ready`; below `control.start_timeout_s`."""
     hang_after_s: float = 10.0
     """A worker whose event loop answers no ping for this long is killed and restarted."""
 

@@ -231,6 +231,12 @@ class NotSettledError(FoundationError):
     code = "not_settled"
 
 
+class RolloutFailedError(FoundationError):
+    """The agents did not get ready under a changed spec; `details` says what was done about it."""
+
+    code = "rollout_failed"
+
+
 class AgentError(FoundationError):
     """Something is wrong in or with an agent."""
 

@@ -6,7 +6,7 @@ was not in time, with the reason per agent. The wish stands all the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,11 +70,16 @@ def progress_lines(statuses: Sequence[Any]) -> list[str]:
 
 
 async def wait_settled(
-    cluster: Cluster, shared: Shared, names: list[str], timeout_s: float
+    cluster: Cluster,
+    shared: Shared,
+    names: list[str],
+    timeout_s: float,
+    changed: Collection[str] = (),
 ) -> list[Any]:
     """Wait until *names* are as wished, showing progress.
 
     Raises:
+        RolloutFailedError: one of *changed* was rolled back.
         NotSettledError: not in time; says why, per agent.
     """
     progress = Progress(shared)
@@ -83,6 +88,7 @@ async def wait_settled(
             await cluster.deployments.wait_settled(
                 names,
                 timeout=timeout_s,
+                changed=changed,
                 on_progress=lambda statuses: progress.show(progress_lines(statuses)),
             )
         )
@@ -100,7 +106,8 @@ async def apply_and_wait(
         for change in changes:
             render.talk(change_text(change))
     if wait_s > 0:
-        return changes, await wait_settled(cluster, shared, names, wait_s)
+        changed = [item["name"] for item in changes if item["restarts"]]
+        return changes, await wait_settled(cluster, shared, names, wait_s, changed)
     known = {status.name: status for status in await cluster.deployments.list()}
     return changes, [known[name] for name in names if name in known]
 

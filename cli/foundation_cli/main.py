@@ -15,7 +15,19 @@ from collections.abc import Sequence
 
 import typer
 
-from foundation_cli import chaos, dead, deploy, doctor, node, render, signal, status, tap, up
+from foundation_cli import (
+    chaos,
+    dead,
+    deploy,
+    doctor,
+    node,
+    render,
+    rollout,
+    signal,
+    status,
+    tap,
+    up,
+)
 from foundation_cli.connection import group_callback
 
 _HELP = """Clusters of stateful agents over nothing but NATS.
@@ -46,7 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for _module in (up, node, deploy, status, signal, tap, dead, doctor, chaos):
+for _module in (up, node, deploy, rollout, status, signal, tap, dead, doctor, chaos):
     _module.register(app)
 
 

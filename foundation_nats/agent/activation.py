@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from foundation_nats.agent.runtime import Runtime
 
 _UNCOMMITTED_MAX = 256
+_READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""
@@ -378,8 +379,23 @@ class Activation:
             # Running means that what on_start did is stored.
             self.commit()
             await self._wait_committed()
+        if type(agent).ready is not Agent.ready:
+            await self._get_ready()
         failpoint("report_running")
         self.runtime.report_running(self)
+
+    async def _get_ready(self) -> None:
+        timeout = self.runtime.ready_timeout_s
+        try:
+            async with asyncio.timeout(timeout):
+                while not await self._observed(self.agent.ready(), STARTING):
+                    await asyncio.sleep(_READY_EVERY_S)
+        except TimeoutError:
+            raise HandlerError(f"It was not ready within {timeout:g} s.") from None
+        except Exception as error:
+            raise HandlerError(
+                f"ready raised {type(error).__name__}: {error}", traceback=_trace(error)
+            ) from error
 
     async def _handle_stored(self, item: _Stored) -> None:
         if item.sequence <= self.cursor:

@@ -249,6 +249,15 @@ class Agent:
         ``recovered`` is given the same value.
         """
 
+    async def ready(self) -> bool:
+        """Whether it may be counted as running; asked after `on_start` until it says so.
+
+        A health gate: a rollout goes on when those that were restarted are ready, and is
+        rolled back when they don't get ready. To raise means that it never will. Until
+        then nothing is handled; after `worker.ready_timeout_s` the start has failed.
+        """
+        return True
+
     async def on_stop(self, reason: str) -> None:
         """Called when the agent is stopped in good order; not when its process dies."""
 

@@ -89,6 +89,7 @@ class Runtime:
         self.outbox_max_bytes = config.mailbox.emit_max_bytes * 3 // 4
         self.attempts_max = config.mailbox.attempts_max
         self.handler_timeout_s = config.worker.handler_timeout_s
+        self.ready_timeout_s = config.worker.ready_timeout_s
         self.stop_timeout_s = config.worker.stop_timeout_s
         self._window_s = config.mailbox.duplicate_window_s
         self._full_patience_s = config.mailbox.full_patience_s

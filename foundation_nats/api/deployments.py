@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,15 @@ from foundation_nats.cluster.registry import Held
 from foundation_nats.cluster.view import NodeView
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.diff import DeploymentChange, Preview, preview
-from foundation_nats.control.status import deployment_status
+from foundation_nats.control.rollouts import Phase, Rollout, rollout_of, target_of
+from foundation_nats.control.status import deployment_status, records_of
 from foundation_nats.errors import (
     BusTimeoutError,
     ConfigError,
     DeploymentNotFoundError,
     NoRespondersError,
     NotSettledError,
+    RolloutFailedError,
 )
 from foundation_schemas import (
     AgentRecord,
@@ -32,6 +34,7 @@ from foundation_schemas import (
     Load,
     NodeRecord,
     NodeStatus,
+    Revision,
     ValidateReply,
     ValidateRequest,
 )
@@ -181,6 +184,113 @@ class Deployments:
         """
         await (await self._desired()).delete(name)
 
+    async def rollout(self, name: str) -> Rollout:
+        """How far the deployment's agents have come to its present spec.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        wish = (await self.wishes()).get(name)
+        if wish is None:
+            raise self._unknown(name)
+        return rollout_of(wish, records_of(wish, (await self._held()).values()))
+
+    async def history(self, name: str) -> builtins.list[Revision]:
+        """The earlier specs that are remembered, the last one last.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        wish = (await self.wishes()).get(name)
+        if wish is None:
+            raise self._unknown(name)
+        return builtins.list(wish.history)
+
+    async def pause(self, name: str) -> Deployment:
+        """Restart no further agent for a changed spec, until `resume`.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        return await self._set_paused(name, True)
+
+    async def resume(self, name: str) -> Deployment:
+        """Go on with a paused rollout.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+        """
+        return await self._set_paused(name, False)
+
+    async def _set_paused(self, name: str, paused: bool) -> Deployment:
+        desired = await self._desired()
+        return await desired.change(name, lambda wish: wish.model_copy(update={"paused": paused}))
+
+    async def undo(self, name: str, *, to: int | None = None) -> Deployment:
+        """Wish for an earlier spec again: that of revision *to*, or the newest that had not failed.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            ConfigError: there is no such revision, or nothing to go back to.
+        """
+        desired = await self._desired()
+
+        def undone(wish: Deployment) -> Deployment:
+            target = target_of(wish, to)
+            if target is None:
+                known = ", ".join(str(item.revision) for item in wish.history) or "none"
+                raise ConfigError(
+                    f"{name} has no earlier spec to go back to."
+                    if to is None
+                    else f"{name} remembers no revision {to}.",
+                    hint=f"Remembered: {known}.",
+                )
+            return wish.model_copy(update={"spec": target.spec})
+
+        return await desired.change(name, undone)
+
+    async def wait_rollout(self, name: str, *, timeout: float) -> Rollout:
+        """Wait until every agent runs the present spec.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            RolloutFailedError: it is stuck, or was rolled back meanwhile or before.
+            NotSettledError: not in time; it goes on.
+        """
+        deadline = monotonic() + timeout
+        while True:
+            found = await self.rollout(name)
+            self._check_rollout(found)
+            if found.phase is Phase.COMPLETE:
+                return found
+            if monotonic() >= deadline:
+                raise NotSettledError(
+                    f"{found.updated} of {found.desired} agents of {name} run the spec of "
+                    f"revision {found.revision} after {timeout:g} s.",
+                    hint=f"It goes on: `foundation rollout status {name}` shows it.",
+                    reasons=found.failing,
+                )
+            await asyncio.sleep(0.1)
+
+    def _check_rollout(self, found: Rollout) -> None:
+        if found.rolled_back is not None:
+            raise RolloutFailedError(
+                f"{found.name} was rolled back: {found.rolled_back}.",
+                hint=f"`foundation rollout history {found.name}` shows the spec that failed.",
+                rolled_back=True,
+            )
+        if found.stuck is not None:
+            raise RolloutFailedError(
+                f"{found.name} is stuck: {found.stuck}.",
+                hint="Apply a spec that works, or `foundation rollout undo` to an earlier one.",
+                rolled_back=False,
+            )
+
+    def _unknown(self, name: str) -> DeploymentNotFoundError:
+        return DeploymentNotFoundError(
+            f"There is no deployment {name!r}.", hint="`foundation deployments` lists them."
+        )
+
     async def list(self) -> builtins.list[DeploymentStatus]:
         """Wish and fact of every deployment, by name; single agents included."""
         wishes = await self.wishes()
@@ -199,9 +309,7 @@ class Deployments:
         for status in await self.list():
             if status.name == name:
                 return status
-        raise DeploymentNotFoundError(
-            f"There is no deployment {name!r}.", hint="`foundation deployments` lists them."
-        )
+        raise self._unknown(name)
 
     async def wait_settled(
         self,
@@ -209,12 +317,17 @@ class Deployments:
         *,
         timeout: float,
         on_progress: Progress | None = None,
+        changed: Collection[str] = (),
     ) -> builtins.list[DeploymentStatus]:
         """Wait until every wished agent of *names* runs, and none is left over.
 
         A name that is no longer wished for is settled when its agents are gone.
 
+        Args:
+            changed: those of *names* whose spec was just changed: to be rolled back is an error.
+
         Raises:
+            RolloutFailedError: one of *changed* was rolled back, or is stuck.
             NotSettledError: not in time; `details["reasons"]` says why, per agent.
         """
         registry = await self._cluster._open_registry()
@@ -240,6 +353,9 @@ class Deployments:
             if on_progress is not None and statuses != shown:
                 on_progress(statuses)
                 shown = statuses
+            for name in changed:
+                if (wish := wishes.get(name)) is not None:
+                    self._check_rollout(rollout_of(wish, ()))
             if left == 0 and all(status.settled for status in statuses):
                 return statuses
             if monotonic() >= deadline:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from foundation_nats.base.clock import utc_text
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.connection import Bus
@@ -22,6 +23,7 @@ from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.events import Events
 from foundation_nats.control.collision import find_collision
 from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff
+from foundation_nats.control.rollouts import adopted, succeeding, with_replicas_kept
 from foundation_nats.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -163,7 +165,7 @@ class Desired:
             )
         return changes
 
-    async def scale(self, name: str, replicas: int) -> Deployment:
+    async def scale(self, name: str, replicas: int, *, why: str = "") -> Deployment:
         """Change the number of replicas; returns the new wish.
 
         Raises:
@@ -171,37 +173,67 @@ class Desired:
             ConflictError: it is a single agent, or is being changed by others.
             BusTimeoutError: outcome unknown.
         """
-        for _ in range(_ATTEMPTS):
-            current = self._wishes.get(name)
-            if current is None:
-                raise _unknown(name)
+        before: list[int | None] = []
+
+        def scaled(current: Deployment) -> Deployment:
             if current.replicas is None:
                 raise ConflictError(
                     f"{name} is a single agent and has no replicas to scale.",
                     hint="Give it `replicas` in its manifest first; its id becomes NAME-0.",
                 )
+            before[:] = [current.replicas]
             # Built anew, so that the limits of the model hold.
-            wish = Deployment.model_validate(
-                {**current.model_dump(), "replicas": replicas, "revision": current.revision + 1}
-            )
-            if replicas == current.replicas:
-                return current
+            wish = Deployment.model_validate({**current.model_dump(), "replicas": replicas})
             collision = find_collision([*({**self._wishes, name: wish}).values()])
             if collision is not None:
                 raise AlreadyExistsError(
                     f"{collision[0]!r} is the id of another agent ({collision[2]}).",
                     hint="Scale to fewer replicas, or delete that agent.",
                 )
-            if await self._write(wish):
-                self._events.emit(
-                    "deployment",
-                    "scaled",
-                    f"{name} goes from {current.replicas} to {replicas} replicas.",
-                    name=name,
-                    before=current.replicas,
-                    after=replicas,
-                )
-                return wish
+            return wish
+
+        wish = await self.change(name, scaled)
+        if before != [replicas]:
+            self._events.emit(
+                "deployment",
+                "scaled",
+                f"{name} goes from {before[0]} to {replicas} replicas.",
+                name=name,
+                before=before[0],
+                after=replicas,
+                **({"why": why} if why else {}),
+            )
+        return wish
+
+    async def change(
+        self,
+        name: str,
+        make: Callable[[Deployment], Deployment],
+        *,
+        failed: str | None = None,
+    ) -> Deployment:
+        """Replace the wish by what *make* gives for the present one; returns the new wish.
+
+        *make* may be called several times. What changes the spec is remembered in the
+        wish's history.
+
+        Args:
+            failed: why the present spec is given up, for its history.
+
+        Raises:
+            DeploymentNotFoundError: there is no such deployment.
+            ConflictError: it is being changed by others.
+            BusTimeoutError: outcome unknown.
+        """
+        for _ in range(_ATTEMPTS):
+            current = self._wishes.get(name)
+            if current is None:
+                raise _unknown(name)
+            wish = make(current)
+            if wish == current:
+                return current
+            if await self._write(succeeding(current, wish, at=utc_text(), failed=failed)):
+                return self._wishes[name]
         raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
 
     async def delete(self, name: str) -> None:
@@ -236,7 +268,7 @@ class Desired:
         async def write(wish: Deployment) -> None:
             async with gate:
                 for _ in range(_ATTEMPTS):
-                    if await self._write(wish):
+                    if await self._write(self._after(wish)):
                         return
             raise ConflictError(
                 f"{wish.name} is being changed by others.", hint="Apply the manifest again."
@@ -247,11 +279,16 @@ class Desired:
             if isinstance(result, BaseException):
                 raise result
 
+    def _after(self, wish: Deployment) -> Deployment:
+        """A wish from outside, as the successor of what is known."""
+        before = self._wishes.get(wish.name)
+        if before is None:
+            return wish.model_copy(update={"revision": 1})
+        return succeeding(before, adopted(before, with_replicas_kept(before, wish)), at=utc_text())
+
     async def _write(self, wish: Deployment) -> bool:
         """Write *wish* over what is known; False: that was out of date and has been read again."""
         known = self._known.get(wish.name)
-        revision = 1 if known is None else known.deployment.revision + 1
-        wish = wish.model_copy(update={"revision": revision})
         expected = self._gone.get(wish.name, 0) if known is None else known.revision
         acked: asyncio.Future[PubAck] = asyncio.get_running_loop().create_future()
 

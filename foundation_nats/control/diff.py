@@ -18,6 +18,7 @@ from foundation_nats.cluster.view import NodeView
 from foundation_nats.config import ControlConfig
 from foundation_nats.control.commands import Assign, MarkPending
 from foundation_nats.control.planner import plan
+from foundation_nats.control.rollouts import with_replicas_kept
 from foundation_schemas import Deployment
 
 
@@ -52,7 +53,7 @@ class DeploymentChange:
     @property
     def restarts(self) -> bool:
         """Whether its running agents are restarted, a quarter at a time."""
-        return any(change.name not in ("replicas", "standalone") for change in self.fields)
+        return any(change.name not in _NO_RESTART for change in self.fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,15 @@ class Preview:
     """Agent to the reason per node."""
 
 
+_KEPT = {
+    "name", "revision", "spec", "spec_revision", "rolling", "paused", "rolled_back", "stuck", "history",
+}  # fmt: skip
+"""Not wished for, but what has become of wishes."""
+_NO_RESTART = ("replicas", "standalone", "update", "autoscale")
+
+
 def _flat(deployment: Deployment) -> dict[str, Any]:
-    values = deployment.model_dump(mode="json", exclude={"name", "revision", "spec"})
+    values = deployment.model_dump(mode="json", exclude=_KEPT)
     for key, value in deployment.spec.model_dump(mode="json").items():
         if key == "placement":
             values.update({f"placement.{name}": item for name, item in value.items()})
@@ -95,11 +103,12 @@ def diff(
     goes, unless it was started by itself (`agents.start`).
     """
     changes: list[DeploymentChange] = []
-    for after in wanted:
-        before = current.get(after.name)
+    for wish in wanted:
+        before = current.get(wish.name)
         if before is None:
-            changes.append(DeploymentChange(after.name, ChangeKind.ADDED, (), None, after))
+            changes.append(DeploymentChange(wish.name, ChangeKind.ADDED, (), None, wish))
             continue
+        after = with_replicas_kept(before, wish)
         fields = changed_fields(before, after)
         kind = ChangeKind.CHANGED if fields else ChangeKind.SAME
         changes.append(DeploymentChange(after.name, kind, fields, before, after))

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -29,7 +29,14 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from foundation_nats.control.collision import find_collision
 from foundation_nats.errors import ManifestError
 from foundation_nats.placement.strategies import STRATEGIES
-from foundation_schemas import AgentSpec, Deployment, OnNodeLoss, PlacementPolicy
+from foundation_schemas import (
+    AgentSpec,
+    Autoscale,
+    Deployment,
+    OnNodeLoss,
+    PlacementPolicy,
+    UpdatePolicy,
+)
 from foundation_schemas.deployment import REPLICAS_MAX
 
 VERSION = 1
@@ -52,6 +59,8 @@ _AGENT = (
     "config",
     "restart",
 )
+_SECTIONS: dict[str, type[BaseModel]] = {"update": UpdatePolicy, "autoscale": Autoscale}
+"""Keys of an agent that say how its deployment changes, not what runs."""
 _RESTART = ("permanent", "transient", "temporary")
 
 
@@ -205,7 +214,7 @@ class _Parser:
             )
         name = item.get("name")
         what = f"agent {name!r}" if isinstance(name, str) else "an agent"
-        self._check_keys(item, _AGENT, what)
+        self._check_keys(item, (*_AGENT, *_SECTIONS), what)
         for needed, example in (("name", "name: counter"), ("run", "run: my_module:MyAgent")):
             if item.get(needed) is None:
                 self._fail(line, f"{what} has no {needed!r}.", f"Add `{example}`.")
@@ -230,10 +239,21 @@ class _Parser:
         values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
         if item.get("replicas") is not None:
             values["replicas"] = self._replicas(item)
+        for key, kind in _SECTIONS.items():
+            if item.get(key) is not None:
+                values[key] = self._section(item, key, kind)
         try:
             return Deployment.model_validate(values)
         except ValidationError as error:
             self._refused(error, item, line, what)
+
+    def _section(self, item: CommentedMap, key: str, kind: type[BaseModel]) -> dict[str, Any]:
+        """A mapping whose keys are the fields of *kind*; the values are checked with the whole."""
+        found = item[key]
+        if not isinstance(found, CommentedMap):
+            self._wrong(item, key, "keys and values")
+        self._check_keys(found, tuple(kind.model_fields), f"{key!r}")
+        return {str(name): value for name, value in found.items()}
 
     def _refused(
         self, error: ValidationError, item: CommentedMap, line: int, what: str
@@ -437,6 +457,10 @@ def export(deployments: Iterable[Deployment]) -> str:
             if key in ("name", "run", "replicas") or values[key] == blank[key]:
                 continue
             item[key] = _changed(spec.placement) if key == "placement" else values[key]
+        for key in _SECTIONS:
+            section = getattr(deployment, key)
+            if section is not None and section != Deployment.model_fields[key].default:
+                item[key] = section.model_dump(mode="json", exclude_defaults=True)
         agents.append(item)
     yaml = YAML()
     yaml.default_flow_style = False

@@ -19,8 +19,9 @@ Rules, per agent that some deployment wants:
 - ``failed``: placed anew after `failed_backoff_s` × 2^failures, at most
   `failed_backoff_max_s`; never if ``restart: temporary``.
 - it runs another spec than wished: stopped, then placed again where it was. At
-  most a quarter of a deployment's agents (at least one) is not running because
-  of this; a new spec that doesn't start stops the change from going on.
+  most `update.max_unavailable` of a deployment's agents are not running because
+  of this; a new spec that doesn't start stops the change from going on (and
+  `rollouts` may go back). A paused deployment's agents keep their spec.
 - no node qualifies: ``pending``, with the reason for each node.
 
 An agent that nobody wants is stopped where it may be running, and its record
@@ -64,7 +65,6 @@ from foundation_schemas import (
 COMMANDS_MAX = 10_000
 """Of one plan: more would keep the leader's event loop from its heartbeats."""
 
-_ROLL_SHARE = 4
 _PROGRESS_S = 5.0
 """A node that got an agent started this recently is busy, not stuck …"""
 _PATIENCE = 10
@@ -239,8 +239,9 @@ class _Planner:
                             running += 1
                         continue
                 self._at_rest(deployment, digest, item)
-            if rolling:
-                self._roll(rolling, max(1, len(ids) // _ROLL_SHARE) - (len(ids) - running))
+            if rolling and not deployment.paused:
+                budget = deployment.update.budget(len(ids))
+                self._roll(rolling, budget - (len(ids) - running))
         return matched
 
     def _roll(self, rolling: Sequence[Held], budget: int) -> None:

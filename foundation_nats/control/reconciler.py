@@ -28,6 +28,7 @@ from foundation_nats.control.commands import Assign, Cause, Command, Plan
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.executor import Outcome, execute
 from foundation_nats.control.planner import History, plan
+from foundation_nats.control.rollout_keeper import RolloutKeeper
 from foundation_nats.errors import FoundationError
 from foundation_schemas import AgentStatus, NodeStatus
 
@@ -59,6 +60,7 @@ class Reconciler:
         self._desired = desired
         self._log = get_logger("reconciler").bind(node=membership.node)
         self._history = History()
+        self._rollouts = RolloutKeeper(desired, registry, membership.emit)
         self._marks: dict[str, tuple[AgentStatus, int, int]] = {}
         self._missing_since: dict[str, float] = {}
         self._down_at: dict[str, float] = {}
@@ -90,6 +92,7 @@ class Reconciler:
         self._term = term
         self._is_ready = False
         self._missing_since.clear()
+        self._rollouts.forget()
         if term is not None:
             self._urgent.set()
             self._wake.set()
@@ -230,6 +233,9 @@ class Reconciler:
                 wait = min(wait, _RETRY_S)
         if found.is_truncated:
             wait = 0.0
+        rolling = await self._rollouts.look(now)
+        if rolling is not None:
+            wait = min(wait, rolling)
         return self._soonest(wait, found)
 
     async def _seal(self, found: Plan, nodes: Mapping[str, NodeView]) -> None:

@@ -27,7 +27,14 @@ from foundation_schemas.control import (
     WorkerReport,
 )
 from foundation_schemas.coordination import LockRecord
-from foundation_schemas.deployment import Deployment, DeploymentStatus
+from foundation_schemas.deployment import (
+    Autoscale,
+    Deployment,
+    DeploymentStatus,
+    Revision,
+    RevisionOutcome,
+    UpdatePolicy,
+)
 from foundation_schemas.event import ClusterEvent
 from foundation_schemas.lease import LeaseRecord
 from foundation_schemas.node import Echo, Heartbeat, Load, NodeRecord, NodeStatus
@@ -39,6 +46,7 @@ __all__ = [
     "AgentReport",
     "AgentSpec",
     "AgentStatus",
+    "Autoscale",
     "ClassInfo",
     "ClusterEvent",
     "DeadLetter",
@@ -62,11 +70,14 @@ __all__ = [
     "ProbeRequest",
     "Receipt",
     "RecoveredFrom",
+    "Revision",
+    "RevisionOutcome",
     "StartRequest",
     "StateRecord",
     "StopRequest",
     "Target",
     "TargetKind",
+    "UpdatePolicy",
     "ValidateReply",
     "ValidateRequest",
     "WireModel",

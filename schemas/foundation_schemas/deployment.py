@@ -5,12 +5,91 @@ Pure.
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from enum import StrEnum
+
+from pydantic import Field, field_validator, model_validator
 
 from foundation_schemas.agent import AgentSpec
 from foundation_schemas.base import NAME_LENGTH_MAX, Name, WireModel
 
 REPLICAS_MAX = 1_000_000
+REVISIONS_MAX = 10
+"""How many earlier specs a deployment remembers."""
+
+
+class UpdatePolicy(WireModel):
+    """How agents pass from one spec to the next."""
+
+    max_unavailable: int | str = "25%"
+    """How many may not be running because of it, or which share of them (``25%``, rounded down);
+    at least one."""
+    progress_deadline_s: float = Field(default=120.0, gt=0)
+    """Without another agent that got ready for so long, the change has failed."""
+    rollback: bool = True
+    """Go back to the spec before when the change has failed."""
+
+    @field_validator("max_unavailable")
+    @classmethod
+    def _check_max_unavailable(cls, value: int | str) -> int | str:
+        if isinstance(value, str):
+            share = value.removesuffix("%")
+            if not (value.endswith("%") and share.isdigit() and 0 < int(share) <= 100):
+                raise ValueError(f"{value!r} is neither a number nor a share such as 25%")
+        elif value < 1:
+            raise ValueError(f"{value} is less than 1")
+        return value
+
+    def budget(self, replicas: int) -> int:
+        """How many of *replicas* may not be running."""
+        value = self.max_unavailable
+        if isinstance(value, str):
+            return max(1, replicas * int(value.removesuffix("%")) // 100)
+        return value
+
+
+class Autoscale(WireModel):
+    """How many replicas there shall be, by what they have to do."""
+
+    min: int = Field(default=1, ge=0)
+    max: int = Field(ge=1, le=REPLICAS_MAX)
+    backlog: float | None = Field(default=None, gt=0)
+    """Unhandled signals per replica to aim at."""
+    cpu: float | None = Field(default=None, gt=0, le=1)
+    """Share of the cpu of the nodes that host them to aim at."""
+    metric: str | None = None
+    """A gauge that the agents set (`ctx.gauge`) …"""
+    target: float | None = Field(default=None, gt=0)
+    """… and its mean per replica to aim at."""
+    cooldown_s: float = Field(default=60.0, ge=0)
+    """Fewer replicas only when fewer have been enough for so long."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Autoscale:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is more than max ({self.max})")
+        if (self.metric is None) != (self.target is None):
+            raise ValueError("metric and target belong together")
+        if self.backlog is None and self.cpu is None and self.metric is None:
+            raise ValueError("says nothing to go by: give backlog, cpu, or metric and target")
+        return self
+
+
+class RevisionOutcome(StrEnum):
+    """What became of an earlier spec."""
+
+    SUPERSEDED = "superseded"
+    FAILED = "failed"
+
+
+class Revision(WireModel):
+    """An earlier spec of a deployment."""
+
+    revision: int
+    spec: AgentSpec
+    outcome: RevisionOutcome = RevisionOutcome.SUPERSEDED
+    reason: str | None = None
+    at: str | None = None
+    """UTC of when it was replaced."""
 
 
 class Deployment(WireModel):
@@ -24,11 +103,27 @@ class Deployment(WireModel):
     """Started by itself (`agents.start`), not through a manifest."""
     revision: int = 1
     """Grows with every applied change."""
+    update: UpdatePolicy = UpdatePolicy()
+    autoscale: Autoscale | None = None
+    spec_revision: int = 1
+    """The revision in which the spec changed last."""
+    rolling: bool = False
+    """Its agents pass to the spec; the leader takes it back when all have, or it has failed."""
+    paused: bool = False
+    """No further agent is restarted for a changed spec."""
+    rolled_back: str | None = None
+    """Why the spec is an earlier one again."""
+    stuck: str | None = None
+    """Why its agents don't get to the spec, where there is nothing to go back to."""
+    history: list[Revision] = Field(default_factory=list)
+    """Earlier specs, the last one last."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Deployment:
         if self.replicas is not None and len(self.name) > NAME_LENGTH_MAX - 8:
             raise ValueError(f"name {self.name!r} is too long to number its replicas")
+        if self.autoscale is not None and self.replicas is None:
+            raise ValueError("autoscale needs replicas: a single agent can't be scaled")
         return self
 
     def agent_ids(self) -> list[str]:

@@ -160,3 +160,22 @@ class Breeder(Agent):
         if self.state.bred < self.config["most"]:
             for _ in range(self.config["litter"]):
                 self.emit("breed", to=self.id)
+
+
+class Picky(Agent):
+    """Runs one version; says when it is ready, or why it never will be."""
+
+    class State(State):
+        handled: int = 0
+
+    async def on_start(self, recovered_from: RecoveredFrom | None = None) -> None:
+        if self.config.get("broken"):
+            raise RuntimeError("this version is broken")
+
+    async def ready(self) -> bool:
+        return not self.config.get("unready")
+
+    @on("version")
+    async def version(self, signal: Signal) -> str:
+        self.state.handled += 1
+        return str(self.config.get("version"))

@@ -72,6 +72,11 @@ _COMMANDS = [
     "plan",
     "scale",
     "delete",
+    "rollout status",
+    "rollout pause",
+    "rollout resume",
+    "rollout undo",
+    "rollout history",
     "status",
     "nodes",
     "agents",
@@ -87,6 +92,7 @@ _COMMANDS = [
     "dead replay",
     "dead discard",
     "doctor",
+    "chaos",
 ]
 
 

@@ -41,6 +41,10 @@ class Counter(Agent):
         self.state.total += signal.data.amount
         return self.state.total
 
+    async def on_start(self, recovered_from=None):
+        if self.config.get("broken"):
+            raise RuntimeError("this version is broken")
+
     @on("counter.fail")
     async def fail(self, signal: Signal) -> None:
         raise RuntimeError("this handler [b]always[/b] fails")
@@ -308,6 +312,38 @@ def test_plan_deploy_scale_and_delete_tell_the_truth(up: Running) -> None:
     for arguments in (["scale", "extrem", "1"], ["delete", "counter"]):
         assert place.run(*arguments)[0] == 4
     assert "Did you mean 'counters'" in place.run("delete", "counter")[2]
+
+
+def test_a_spec_that_fails_is_rolled_back_and_deploy_says_so(up: Running) -> None:
+    """Exit 1 and the reason; `rollout` shows, undoes and remembers."""
+    place = up.place
+
+    def manifest(text: str) -> None:
+        (place.folder / "rolling.yaml").write_text(
+            "version: 1\nagents:\n  - name: rolling\n    run: cli_agents:Counter\n"
+            f"    replicas: 2\n    config: {{{text}}}\n"
+        )
+
+    try:
+        manifest("v: 1")
+        assert place.run("deploy", "rolling.yaml")[0] == 0
+        assert place.json("rollout", "history", "rolling") == []
+        assert place.run("rollout", "undo", "rolling")[0] == 2
+        manifest("v: 2, broken: true")
+        code, _, err = place.run("deploy", "rolling.yaml", "--wait", "60s")
+        assert code == 1
+        assert "rolled back" in err
+        assert "this version is broken" in err
+        failed = place.json("rollout", "history", "rolling")[-1]
+        assert (failed["outcome"], failed["spec"]["config"]["v"]) == ("failed", 2)
+        manifest("v: 3")
+        assert place.run("deploy", "rolling.yaml")[0] == 0
+        found = place.json("rollout", "status", "rolling", "--wait", "30s")
+        assert (found["phase"], found["updated"], found["rolled_back"]) == ("complete", 2, None)
+        assert place.json("rollout", "undo", "rolling")["phase"] == "complete"
+        assert place.run("rollout", "status", "rollin")[0] == 4
+    finally:
+        place.run("delete", "rolling")
 
 
 def test_not_settled_in_time_is_exit_5_with_the_reason(up: Running) -> None:
