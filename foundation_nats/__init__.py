@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foundation_nats.api.node import Node, NodeOptions
     from foundation_nats.api.refs import AgentInfo, AgentRef, NodeInfo
     from foundation_nats.config import Config
+    from foundation_nats.consensus.domain import Domain, Proposal
     from foundation_nats.errors import FoundationError
     from foundation_schemas import Receipt, RecoveredFrom, Target
 
@@ -27,10 +28,12 @@ _HOMES = {
     "Cluster": "foundation_nats.api.cluster",
     "Config": "foundation_nats.config",
     "Context": "foundation_nats.agent.agent",
+    "Domain": "foundation_nats.consensus.domain",
     "FoundationError": "foundation_nats.errors",
     "Node": "foundation_nats.api.node",
     "NodeInfo": "foundation_nats.api.refs",
     "NodeOptions": "foundation_nats.api.node",
+    "Proposal": "foundation_nats.consensus.domain",
     "Receipt": "foundation_schemas",
     "RecoveredFrom": "foundation_schemas",
     "Signal": "foundation_nats.agent.agent",
@@ -46,10 +49,12 @@ __all__ = [
     "Cluster",
     "Config",
     "Context",
+    "Domain",
     "FoundationError",
     "Node",
     "NodeInfo",
     "NodeOptions",
+    "Proposal",
     "Receipt",
     "RecoveredFrom",
     "Signal",

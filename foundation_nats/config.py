@@ -27,6 +27,7 @@ class BusConfig(_Section):
     """The connection to NATS."""
 
     servers: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    """NATS URLs, or locators that are looked up: see docs/discovery.md."""
     creds: str | None = None
     """Path of a ``.creds`` file."""
     user: str | None = None
@@ -143,6 +144,8 @@ class ControlConfig(_Section):
     """An agent that is `starting` longer is placed anew."""
     unavailable_grace_s: float = 30.0
     """How long a non-critical agent waits for its lost node before it is placed elsewhere."""
+    autoscale_every_s: float = Field(default=3.0, gt=0)
+    """How often deployments that scale themselves are measured."""
     failed_backoff_s: float = 1.0
     failed_backoff_max_s: float = 60.0
 

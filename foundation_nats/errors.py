@@ -19,16 +19,23 @@
     │   ├── NodeNameTakenError
     │   ├── StaleRevisionError          re-read and decide again
     │   ├── FencedError                 your epoch is over: stop, do not retry
-    │   ├── LockLostError               the lock is not yours any more
-    │   └── LockTimeoutError            retryable   somebody else held the lock all the time
+    │   ├── LockLostError               the lock, permit or leadership is not yours any more
+    │   ├── LockTimeoutError            retryable   somebody else held it all the time
+    │   ├── ProposalRejectedError       the domain's validator said no
+    │   └── DomainBusyError             retryable   not applied     others' proposals came first all the time
     ├── NotFoundError
     │   ├── AgentNotFoundError
     │   ├── NodeNotFoundError
     │   ├── DeploymentNotFoundError
-    │   └── DeadLetterNotFoundError
+    │   ├── DeadLetterNotFoundError
+    │   └── DomainNotFoundError
+    ├── DomainError                     a replicated domain can't be used: damaged, or of a newer version
+    │   └── DomainFullError             retryable   not applied     its log can't be compacted
+    ├── ProposalUnknownError            outcome UNKNOWN: ask `status(id)`
     ├── MailboxFullError                retryable   not applied     the receiver does not keep up
     ├── PlacementError                  lists the reason per node
     ├── NotSettledError                 the wish stands, but was not true in time
+    ├── RolloutFailedError              the agents did not get ready under a changed spec
     ├── AgentError                      something is wrong in or with an agent
     │   ├── AgentUnavailableError       retryable   not applied     not running, or not sure it still may
     │   ├── AskTimeoutError             outcome UNKNOWN
@@ -170,15 +177,28 @@ class FencedError(ConflictError):
 
 
 class LockLostError(ConflictError):
-    """The lock is not held any more: stop what it protected."""
+    """The lock, permit or leadership is not held any more: stop what it protected."""
 
     code = "lock.lost"
 
 
 class LockTimeoutError(ConflictError):
-    """Somebody else held the lock for the whole time."""
+    """Somebody else held the lock, the permits or the leadership for the whole time."""
 
     code = "lock.timeout"
+    retryable = True
+
+
+class ProposalRejectedError(ConflictError):
+    """The domain's validator refused the operation; nothing was applied."""
+
+    code = "consensus.rejected"
+
+
+class DomainBusyError(ConflictError):
+    """Other proposals came first for the whole time; nothing was applied."""
+
+    code = "consensus.busy"
     retryable = True
 
 
@@ -210,6 +230,32 @@ class DeadLetterNotFoundError(NotFoundError):
     """There is no dead letter with this number."""
 
     code = "not_found.dead_letter"
+
+
+class DomainNotFoundError(NotFoundError):
+    """There is no replicated domain of this name."""
+
+    code = "not_found.domain"
+
+
+class DomainError(FoundationError):
+    """A replicated domain can't be used: its log is damaged, or of a newer version than this code."""
+
+    code = "consensus.domain"
+
+
+class DomainFullError(DomainError):
+    """The domain's log is at its limit, because no snapshot of it could be stored."""
+
+    code = "consensus.full"
+    retryable = True
+
+
+class ProposalUnknownError(FoundationError):
+    """The operation may have been accepted; `details["id"]` is what to ask `status` about."""
+
+    code = "consensus.unknown"
+    outcome = "unknown"
 
 
 class MailboxFullError(FoundationError):

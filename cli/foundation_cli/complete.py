@@ -72,3 +72,12 @@ def deployments(ctx: typer.Context, incomplete: str) -> list[str]:
         return [deployment.name for deployment in await cluster.deployments.list()]
 
     return _matching(ctx, incomplete, question)
+
+
+def domains(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of replicated domains."""
+
+    async def question(cluster: Cluster) -> list[str]:
+        return [domain.name for domain in await cluster.consensus.list()]
+
+    return _matching(ctx, incomplete, question)

@@ -28,6 +28,7 @@ from foundation_cli import runtime, values
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+    from foundation_nats.bus.assets import Missing
     from foundation_nats.config import Config
 
 T = TypeVar("T")
@@ -108,7 +109,12 @@ class Endpoint:
 _OPTIONS: dict[str, Any] = {
     "server": Annotated[
         str | None,
-        typer.Option("--server", "-s", metavar="URL", help="NATS server [env: FOUNDATION_SERVER]."),
+        typer.Option(
+            "--server",
+            "-s",
+            metavar="URL",
+            help="NATS server or its locator, such as dns://NAME [env: FOUNDATION_SERVER].",
+        ),
     ],
     "cluster": Annotated[
         str | None,
@@ -357,6 +363,10 @@ async def _refused(urls: tuple[str, ...], patience_s: float) -> bool:
     import asyncio
     from urllib.parse import urlsplit
 
+    from foundation_nats.discovery.locator import is_locator
+
+    if any(is_locator(url) for url in urls):
+        return False  # where they are is for the library to find out
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience_s
     while True:
@@ -378,13 +388,14 @@ async def _refused(urls: tuple[str, ...], patience_s: float) -> bool:
 
 
 @asynccontextmanager
-async def connected(shared: Shared) -> AsyncIterator[Cluster]:
-    """The cluster the options name.
+async def connected(shared: Shared, *, missing: Missing = "refuse") -> AsyncIterator[Cluster]:
+    """The cluster the options name; *missing* as in `Cluster.connect`.
 
     Raises:
         BusUnavailableError: nobody answers there.
         PermissionDeniedError: the credentials were refused.
         ConfigError: an option, the environment or a context is wrong.
+        ServerError: the server can't carry a cluster, or has lost streams of this one.
     """
     from foundation_nats import Cluster
     from foundation_nats.errors import BusTimeoutError, BusUnavailableError
@@ -404,6 +415,7 @@ async def connected(shared: Shared) -> AsyncIterator[Cluster]:
         name=CLIENT_NAME,
         config=config,
         timeout=limit,
+        missing=missing,
     )
     try:
         opened = await cluster

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -119,8 +119,9 @@ async def check_streams(cluster: Cluster) -> list[Finding]:
                     "streams",
                     Level.CRITICAL,
                     f"The stream {item.stream} is missing.",
-                    "What it should keep is refused.",
-                    "foundation node start creates it again",
+                    "What it kept is lost, and what it should keep is refused.",
+                    "Restore it from a backup (nats stream restore); or accept the loss: "
+                    "foundation doctor --repair, then restart the nodes",
                 )
             )
             continue
@@ -312,7 +313,13 @@ async def examine(cluster: Cluster, limit_s: float) -> list[Finding]:
 
 
 @with_shared
-def doctor(shared: Shared) -> None:
+def doctor(
+    shared: Shared,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Make lost streams anew, empty: accept what that costs."),
+    ] = False,
+) -> None:
     """Examine the cluster: what is wrong, and what mends it.
 
     Exit code 0: all well, 1: warnings, 2: something is broken.
@@ -321,7 +328,7 @@ def doctor(shared: Shared) -> None:
     """
 
     async def main() -> list[Finding]:
-        async with connected(shared) as cluster:
+        async with connected(shared, missing="make" if repair else "leave") as cluster:
             return await examine(cluster, shared.timeout_s)
 
     findings = run(main)

@@ -17,8 +17,10 @@ import typer
 
 from foundation_cli import (
     chaos,
+    consensus,
     dead,
     deploy,
+    discovery,
     doctor,
     node,
     render,
@@ -58,7 +60,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for _module in (up, node, deploy, rollout, status, signal, tap, dead, doctor, chaos):
+for _module in (
+    up,
+    node,
+    deploy,
+    rollout,
+    status,
+    signal,
+    tap,
+    dead,
+    doctor,
+    discovery,
+    consensus,
+    chaos,
+):
     _module.register(app)
 
 

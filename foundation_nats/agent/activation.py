@@ -11,6 +11,9 @@ handled, and the next commit covers them all. Replies and emitted signals leave
 only after the commit that holds their cause. Emitted signals for one receiver
 are published one after the other, so that their order survives a retry.
 
+Where the stream itself has gone back, the cursor follows it by a commit of its own:
+`rewind.py` has the rule, and `rewound` begins it.
+
 After a commit whose outcome is unknown nothing is guessed: the record is read
 from the leader and its writer compared (`Runtime.resolve`).
 
@@ -27,6 +30,7 @@ import traceback
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -41,6 +45,7 @@ from foundation_nats.agent.agent import (
     start_arguments,
 )
 from foundation_nats.agent.record import OutboxItem, encode_record
+from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.agent.state import dump_state, load_state
 from foundation_nats.base.clock import utc_text
 from foundation_nats.base.failpoint import failpoint, planted
@@ -77,6 +82,8 @@ class _Stored:
 
     sequence: int
     data: bytes
+    stamp: str
+    """When the server stored it, as `rewind.stamp`."""
 
 
 @dataclass(slots=True)
@@ -89,6 +96,10 @@ class _Ask:
 
 class _Start:
     """The first item of every activation: `on_start`."""
+
+
+class _Rewind:
+    """The item behind all that was taken in before the stream went back."""
 
 
 class _Abandon(Exception):
@@ -107,6 +118,7 @@ class Activation:
         "agent",
         "behind",
         "cautious",
+        "checked",
         "commit_no",
         "committed_cursor",
         "committed_outbox",
@@ -117,9 +129,11 @@ class Activation:
         "epoch",
         "failure",
         "fetched",
+        "fetched_mark",
         "held",
         "id",
         "in_flight",
+        "mark",
         "outbox",
         "outbox_bytes",
         "queue",
@@ -127,6 +141,7 @@ class Activation:
         "recovered_at",
         "recovering",
         "revision",
+        "rewinding",
         "route",
         "run_name",
         "runtime",
@@ -149,6 +164,7 @@ class Activation:
         *,
         state_json: bytes,
         cursor: int,
+        mark: str,
         commit_no: int,
         revision: int,
         salt: str,
@@ -178,8 +194,16 @@ class Activation:
         self.committed_cursor = cursor
         self.consumed = 0
         """Signals that this activation has handled or given up."""
+        self.mark = mark
+        """The latest time at which the server stored any of the handled ones."""
         self.fetched = cursor
         """The last signal taken into `queue`."""
+        self.fetched_mark = mark
+        """As `mark`, of those taken in."""
+        self.checked = not mark
+        """Its place in the mailbox was compared with the stream since that could have gone back."""
+        self.rewinding = False
+        """The stream did go back: nothing is taken in until the cursor has followed."""
         self.seen = 0
         """The highest sequence heard of; catching up goes on until it is reached."""
         self.commit_no = commit_no
@@ -194,7 +218,7 @@ class Activation:
         self._waiting: dict[str, deque[OutboxItem]] | None = None
         self._awaiting: list[tuple[str, bytes]] = []
         """Replies that leave with the commit in flight or the next one."""
-        self.queue: deque[_Stored | _Ask | _Start] | None = None
+        self.queue: deque[_Stored | _Ask | _Start | _Rewind] | None = None
         self.route: Route | None = None
         self.scheduled = False
         self.behind = False
@@ -221,20 +245,29 @@ class Activation:
 
     def _on_live(self, message: Message) -> None:
         failpoint("live.received")
-        sequence, last = _sequences(message.raw_headers or b"")
+        sequence, last, stored_at = _place(message.raw_headers or b"")
         if sequence <= self.fetched:
+            if is_rewound(sequence, stored_at, cursor=self.fetched, mark=self.fetched_mark):
+                self.rewound()
             return
         if sequence > self.seen:
             self.seen = sequence
         if self.behind:
             return
-        if last > self.fetched or (
-            self.queue is not None and len(self.queue) >= self.runtime.in_memory_max
+        if (
+            not self.checked
+            or last > self.fetched
+            or (self.queue is not None and len(self.queue) >= self.runtime.in_memory_max)
         ):
             self.fall_behind()
             return
+        self._take(sequence, message.data, stored_at)
+
+    def _take(self, sequence: int, data: bytes, stored_at: str) -> None:
         self.fetched = sequence
-        self._put(_Stored(sequence, message.data))
+        if stored_at > self.fetched_mark:
+            self.fetched_mark = stored_at
+        self._put(_Stored(sequence, data, stored_at))
 
     def _on_ask(self, message: Message) -> None:
         if self.stopping is not None or not self.runtime.is_valid():
@@ -258,7 +291,7 @@ class Activation:
         )
         self._send_reply(reply, orjson.dumps(error_body(error)))
 
-    def _put(self, item: _Stored | _Ask | _Start) -> None:
+    def _put(self, item: _Stored | _Ask | _Start | _Rewind) -> None:
         if self.queue is None:
             self.queue = deque()
         self.queue.append(item)
@@ -278,12 +311,22 @@ class Activation:
         """Take what the stream holds beyond `fetched`; True when caught up."""
         for message in messages:
             if message.sequence > self.fetched:
-                self.fetched = message.sequence
-                self._put(_Stored(message.sequence, message.data))
+                self._take(message.sequence, message.data, stamp(message.time))
         if not more and self.fetched >= self.seen:
             self.behind = False
             return True
         return False
+
+    def uncheck(self) -> None:
+        """The stream may have gone back: take nothing in before that is known."""
+        self.checked = not self.fetched_mark
+
+    def rewound(self) -> None:
+        """The stream has gone back: follow it, after all that was taken in before."""
+        if not self.rewinding and self.stopping is None and self.failure is None:
+            self.rewinding = self.behind = True
+            self.checked = False
+            self._put(_Rewind())
 
     @property
     def backlog(self) -> int:
@@ -316,6 +359,8 @@ class Activation:
                     break
                 if isinstance(item, _Start):
                     await self._start()
+                elif isinstance(item, _Rewind):
+                    await self._follow_stream()
                 else:
                     await self._handle_stored(item)
                 if self.queue:
@@ -397,6 +442,24 @@ class Activation:
                 f"ready raised {type(error).__name__}: {error}", traceback=_trace(error)
             ) from error
 
+    async def _follow_stream(self) -> None:
+        """Commit the cursor just before the first signal that is new, and read on from there."""
+        await self._wait_committed()
+        place = await self.runtime.find_place(self)
+        before = self.cursor
+        if place is not None and place < before:
+            self.cursor = self.fetched = place
+            # Numbers will come again: what they cause must not get the ids of before.
+            self.salt = token_hex(8)
+            self.cautious = False
+            self.runtime.attempts.pop(self.id, None)
+            self.dirty = True
+            self.commit()
+            await self._wait_committed()
+            self.runtime.report_rewound(self, before)
+        self.seen = 0
+        self.rewinding = False
+
     async def _handle_stored(self, item: _Stored) -> None:
         if item.sequence <= self.cursor:
             return
@@ -461,6 +524,8 @@ class Activation:
     def _advance(self, item: _Stored) -> None:
         """The signal is done with: the next commit moves the cursor past it."""
         self.cursor = item.sequence
+        if item.stamp > self.mark:
+            self.mark = item.stamp
         self.consumed += 1
         if self.cautious and item.sequence >= self.runtime.attempts.get(self.id, (0, 0))[0]:
             self.cautious = False
@@ -739,6 +804,7 @@ class Activation:
             commit=self.commit_no + 1,
             writer=self.runtime.writer_json,
             cursor=self.cursor,
+            mark=self.mark,
             run=self.run_name,
             state=self.state_json,
             salt=self.salt,
@@ -1007,16 +1073,18 @@ class Activation:
         self.runtime.commit_next()
 
 
-def _sequences(raw: bytes) -> tuple[int, int]:
-    """``Nats-Sequence`` and ``Nats-Last-Sequence`` of a live copy; every signal passes here."""
+def _place(raw: bytes) -> tuple[int, int, str]:
+    """Sequence, last sequence and stamp of a live copy; every signal passes here."""
     start = raw.find(b"\r\nNats-Sequence: ")
     if start < 0:
-        return 0, 0
+        return 0, 0, ""
     sequence = int(raw[start + 17 : raw.find(b"\r\n", start + 17)])
     start = raw.find(b"\r\nNats-Last-Sequence: ")
+    last = 0 if start < 0 else int(raw[start + 22 : raw.find(b"\r\n", start + 22)])
+    start = raw.find(b"\r\nNats-Time-Stamp: ")
     if start < 0:
-        return sequence, 0
-    return sequence, int(raw[start + 22 : raw.find(b"\r\n", start + 22)])
+        return sequence, last, ""
+    return sequence, last, stamp(raw[start + 19 : raw.find(b"\r\n", start + 19)].decode())
 
 
 def _payload(handling: Handling | None, signal_type: str, data: Any) -> Any:

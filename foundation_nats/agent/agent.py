@@ -91,6 +91,7 @@ class Context:
 
     __slots__ = (
         "_emissions",
+        "_gauges",
         "_keys",
         "_stop_reason",
         "agent_id",
@@ -112,6 +113,7 @@ class Context:
         self._emissions: list[Emission] = []
         self._keys = 0
         self._stop_reason: str | None = None
+        self._gauges: dict[str, float] = {}
 
     @property
     def idempotency_key(self) -> str:
@@ -137,6 +139,13 @@ class Context:
     async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
         """Run a blocking function in a thread, so that other agents go on."""
         return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    def gauge(self, name: str, value: float) -> None:
+        """Say how much of something there is now, such as work in hand; for autoscaling.
+
+        Kept in memory until it is set again; not stored, and not undone with a handler.
+        """
+        self._gauges[name] = float(value)
 
     def stop(self, reason: str = "stopped by itself") -> None:
         """Stop this agent after the signal in hand; a permanent one is started again."""

@@ -9,7 +9,8 @@ reported running once that is stored.
 A republished copy is at most once, and a lost one with nothing behind it
 leaves no gap to see. Hence the sweep: on a timer, at once after a reconnect,
 and at a stream's new leader, the last sequence of every mailbox is compared
-with what was taken in. An idle cluster pays one request per sweep.
+with what was taken in. An idle cluster pays one request per sweep. The sweep and
+every claim also find out whether the stream went back (`rewind.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from secrets import token_hex
 
@@ -34,13 +35,22 @@ from foundation_nats.agent.outbox import (
 )
 from foundation_nats.agent.pool import RunnerPool
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
+from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
 from foundation_nats.agent.state import dump_state, first_state, load_state
-from foundation_nats.base.clock import monotonic
+from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.kv import Bucket, Entry
-from foundation_nats.bus.rpc import to_json
-from foundation_nats.bus.streams import OnAck, PubAck, StreamReader, append_nowait
+from foundation_nats.bus.rpc import decode, encode, to_json
+from foundation_nats.bus.streams import (
+    OnAck,
+    PubAck,
+    StoredMessage,
+    StreamReader,
+    append,
+    append_nowait,
+    identity,
+)
 from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED
 from foundation_nats.bus.wire import Message
 from foundation_nats.errors import (
@@ -48,15 +58,25 @@ from foundation_nats.errors import (
     BusTimeoutError,
     BusUnavailableError,
     ConfigError,
+    DecodeError,
     FencedError,
     FoundationError,
     MailboxFullError,
+    NotFoundError,
     PayloadTooLargeError,
     StaleRevisionError,
     StateInvalidError,
 )
 from foundation_nats.node.hosting import HostContext, mark
-from foundation_schemas import AgentRecord, AgentReport, AgentStatus, ClassInfo, StateRecord
+from foundation_schemas import (
+    AgentRecord,
+    AgentReport,
+    AgentStatus,
+    ClassInfo,
+    ClusterEvent,
+    DeploymentMeasure,
+    StateRecord,
+)
 
 _CLAIM_ROUNDS = 8
 _COMMITS_MAX = 32
@@ -64,6 +84,9 @@ _CLEAR_AFTER_S = 0.5
 _SWEEPS = 2
 """Of one state of the stream: a replica that lags may answer the first."""
 _STOP_MARGIN_S = 2.0
+_ANNOUNCE_AFTER_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+_BUCKET_PATIENCE_S = 1.0
+"""How long the state bucket may be missing before that counts."""
 
 
 class Runtime:
@@ -80,6 +103,7 @@ class Runtime:
         self.log = get_logger("agents").bind(worker=host.worker)
         self.pool = RunnerPool(host.scope)
         self.state = Bucket(host.bus, host.subjects, "state")
+        self._registry = Bucket(host.bus, host.subjects, "agents")
         self.signals = StreamReader(host.bus, host.subjects.signals_stream)
         self._dead = StreamReader(host.bus, host.subjects.dead_stream)
         self.in_memory_max = config.mailbox.in_memory_max
@@ -114,9 +138,13 @@ class Runtime:
         self._swept_to = (0, 0)
         """(Last sequence of the stream, how often it was swept up to there)."""
         self._sweep_now = asyncio.Event()
+        self._era = 0
+        """Counts the moments since which the stream may have gone back."""
+        self._stream_is: tuple[str, str] | None = None
         host.scope.start(self._sweep_loop(config.mailbox.sweep_every_s), "sweep")
         host.scope.start(self._clear_loop(), "clear")
-        self.bus.on_reconnect(self._sweep_soon)
+        self.bus.on_disconnect(self._uncheck)
+        self.bus.on_reconnect(self._disturbed)
         self.bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory)
 
     # ---- the workload ---------------------------------------------------------------
@@ -165,6 +193,26 @@ class Runtime:
         if not done:
             self.ended(activation)
 
+    async def review(self) -> None:
+        """End what others were given meanwhile; see `Workload.review`."""
+        held = list(self._activations.values())
+        claiming = {agent: epoch for agent, epoch in self._claiming.items() if epoch}
+        agents = [*{*claiming, *(item.id for item in held)}]
+        if not agents:
+            return
+        entries = await self._registry.read_many(agents, by_now=True)
+        mine = {
+            agent: record.epoch
+            for agent, entry in entries.items()
+            if (record := _assignment(entry)) is not None and record.node == self.node
+        }
+        for activation in held:
+            if mine.get(activation.id) != activation.epoch:
+                activation.fail(FencedError(f"{activation.id} was given to another meanwhile."))
+        for agent, epoch in claiming.items():
+            if mine.get(agent) != epoch and self._claiming.get(agent) == epoch:
+                self._claiming[agent] = 0
+
     def resume(self) -> None:
         """Go on with what was parked."""
         parked, self._parked = self._parked, set()
@@ -183,9 +231,23 @@ class Runtime:
         """Signals received and not yet handled."""
         return sum(item.backlog for item in self._activations.values() if item.queue)
 
+    def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
+        """What the replicas of these deployments have to do, of those in memory."""
+        found: dict[str, list[Activation]] = {}
+        for item in self._activations.values():
+            # Ids of replicas are NAME-0, NAME-1 …; no other agent may be called like that.
+            name = item.id.rpartition("-")[0]
+            if name in deployments:
+                found.setdefault(name, []).append(item)
+        return {name: _measured(items) for name, items in found.items()}
+
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Committed cursors that moved since the last call, and the signals consumed so far."""
-        moved, self._moved = self._moved, set()
+        # A number is worth nothing while the stream may have given it out again.
+        moved = {item for item in self._moved if item.checked}
+        self._moved = {
+            item for item in self._moved - moved if self._activations.get(item.id) is item
+        }
         return {item.id: (item.committed_cursor, item.consumed) for item in moved}
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
@@ -216,6 +278,14 @@ class Runtime:
                 entries = await self.state.read_many(durable)
                 break
             except (BusTimeoutError, BusUnavailableError) as error:
+                if await self._is_bucket_gone():
+                    for record, cls in ready:
+                        if _is_durable(record, cls):
+                            reason = f"the server has no stream {self.state.stream}"
+                            self._report(record.id, record.epoch, AgentStatus.FAILED, reason)
+                    ready = [(record, cls) for record, cls in ready if not _is_durable(record, cls)]
+                    entries = {}
+                    break
                 self.log.warning("records not readable yet", error=str(error))
                 await asyncio.sleep(0.2)
         claims = [self._claim(record, cls, entries.get(record.id)) for record, cls in ready]
@@ -228,6 +298,15 @@ class Runtime:
         ]
         failpoint("claim.after_cas")
         await self._take_over(activations)
+
+    async def _is_bucket_gone(self) -> bool:
+        try:
+            await self.state.reader.info()
+        except NotFoundError:
+            return True
+        except BusError:
+            return False
+        return False
 
     async def _claim(
         self, record: AgentRecord, cls: type[Agent], entry: Entry | None
@@ -248,7 +327,11 @@ class Runtime:
                 self._report(record.id, record.epoch, AgentStatus.FAILED, str(error))
                 return None
             except (StaleRevisionError, BusTimeoutError, BusUnavailableError):
-                entry = await self._read_surely(record.id)
+                try:
+                    entry = await self._read_surely(record.id)
+                except StateInvalidError as error:
+                    self._report(record.id, record.epoch, AgentStatus.FAILED, str(error))
+                    return None
                 if entry is not None and self._is_my_claim(record, entry):
                     activation, _ = self._prepare(record, cls, entry)
                     activation.revision = entry.revision
@@ -296,6 +379,7 @@ class Runtime:
             agent,
             state_json=dump_state(agent.state),
             cursor=stored.cursor if stored else 0,
+            mark=stored.mark if stored else "",
             commit_no=(stored.commit if stored else 0) + 1,
             revision=entry.revision if entry is not None else 0,
             salt=stored.salt if stored else token_hex(8),
@@ -320,6 +404,7 @@ class Runtime:
             commit=activation.commit_no,
             writer=self.writer_json,
             cursor=activation.cursor,
+            mark=activation.mark,
             run=record.spec.run,
             state=activation.state_json,
             salt=activation.salt,
@@ -364,7 +449,7 @@ class Runtime:
         try:
             await self.bus.flush()
             await self._look_for_unread(activations)
-        except BusError as error:
+        except (BusError, NotFoundError) as error:
             self.log.warning("mailboxes not readable yet", error=str(error))
             self._sweep_soon()
 
@@ -376,7 +461,7 @@ class Runtime:
                     self._reader_of, self.signals, activation, window_s=self._window_s
                 )
                 break
-            except (BusTimeoutError, BusUnavailableError):
+            except (BusTimeoutError, BusUnavailableError, NotFoundError):
                 await asyncio.sleep(0.3)
         failpoint("claim.after_outbox")
         activation.publish_recovered()
@@ -393,15 +478,29 @@ class Runtime:
         return None
 
     async def _read_surely(self, agent: str) -> Entry | None:
-        """The record from the leader, however long that takes."""
+        """The record from the leader, however long that takes.
+
+        Raises:
+            StateInvalidError: the state bucket is gone.
+        """
         delay = 0.02
+        missing_since: float | None = None
         while True:
             try:
                 await self.bus.wait_connected(60.0)
                 return await self.state.read(agent)
             except (BusTimeoutError, BusUnavailableError):
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 1.0)
+                pass
+            except NotFoundError as error:
+                missing_since = missing_since or monotonic()
+                if monotonic() - missing_since > _BUCKET_PATIENCE_S:
+                    raise StateInvalidError(
+                        f"The state of {agent} can't be stored: the server has no stream "
+                        f"{self.state.stream}.",
+                        hint="Restore it from a backup, or see `foundation doctor`.",
+                    ) from error
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
 
     # ---- intake -----------------------------------------------------------------
 
@@ -415,12 +514,18 @@ class Runtime:
         delay = 0.02
         subject = self.subjects.mailbox(activation.id)
         try:
-            while activation.behind and activation.failure is None:
+            while activation.behind and activation.failure is None and not activation.rewinding:
                 if activation.backlog > self.in_memory_max // 2:
                     return  # it asks again when it has handled what it holds
                 failpoint("catchup.page")
                 try:
+                    if not activation.checked:
+                        await self._check(activation)
+                        continue
+                    era = self._era
                     messages, more = await self.signals.page(subject, activation.fetched + 1)
+                    if era != self._era:
+                        continue
                 except (BusError, FoundationError) as error:
                     self.log.debug("catch-up will be retried", error=str(error))
                     await asyncio.sleep(delay)
@@ -436,12 +541,97 @@ class Runtime:
                         activation.seen = activation.fetched
                     await asyncio.sleep(delay)
                     delay = min(delay * 2, 1.0)
-        except BusError as error:
+        except (BusError, NotFoundError) as error:
             self.log.debug("catch-up left to the sweep", error=str(error))
             activation.behind = False
             self._sweep_soon()
         finally:
             self._catching_up.discard(activation)
+
+    async def _check(self, activation: Activation) -> None:
+        """Compare its place in the mailbox with the stream as it is now.
+
+        Raises:
+            BusError
+        """
+        era = self._era
+        if await self._find_place(activation) is not None:
+            activation.rewound()
+        elif era == self._era:
+            activation.checked = True
+
+    async def _find_place(self, activation: Activation) -> int | None:
+        """The sequence behind which all is new; None: the stream did not go back."""
+        subject = self.subjects.mailbox(activation.id)
+        cursor, mark = activation.fetched, activation.fetched_mark
+        if not mark:
+            return None
+        info = await self.signals.info()
+        found = await self.signals.first_since(subject, just_after(mark))
+        while found is not None and found.sequence <= cursor:
+            if is_rewound(found.sequence, found.time, cursor=cursor, mark=mark):
+                return found.sequence - 1
+            # Leaders whose clocks differ: later in the stream, and yet earlier.
+            found = await self.signals.next_of(subject, found.sequence + 1)
+        if has_lost_its_clock(info, cursor=cursor, mark=mark):
+            return int(info["state"]["last_seq"])
+        return None
+
+    async def find_place(self, activation: Activation) -> int | None:
+        """`_find_place`, however long that takes; None also when the activation ends."""
+        delay = 0.02
+        while activation.failure is None and activation.stopping is None:
+            try:
+                await self.bus.wait_connected(60.0)
+                return await self._find_place(activation)
+            except (BusError, NotFoundError) as error:
+                self.log.debug("stream not readable yet", error=str(error))
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 1.0)
+        return None
+
+    def report_rewound(self, activation: Activation, before: int) -> None:
+        """Its cursor has followed the stream back from *before*."""
+        message = (
+            f"The signals of {activation.id} went back from {before} to {activation.cursor}: "
+            "the broker has lost the latest it had acknowledged. What came since is handled."
+        )
+        self.log.error("stream rewound", agent=activation.id, error=message)
+        event = ClusterEvent(
+            topic="agent",
+            what="stream_rewound",
+            at=utc_text(),
+            source=self.node,
+            message=message,
+            data={
+                "agent": activation.id,
+                "stream": self.signals.stream,
+                "before": before,
+                "after": activation.cursor,
+            },
+        )
+        self._host.scope.start(self._announce(event), "announce")
+
+    async def _announce(self, event: ClusterEvent) -> None:
+        """Store an event; more than once, because it is told while streams still elect leaders."""
+        subject = self.subjects.event(event.topic, event.what)
+        headers = {"Nats-Msg-Id": token_hex(16)}
+        for delay in _ANNOUNCE_AFTER_S:
+            await asyncio.sleep(delay)
+            try:
+                await append(self.bus, subject, encode(event), headers=headers, timeout=2.0)
+                return
+            except FoundationError as error:
+                self.log.debug("event not stored yet", what=event.what, error=str(error))
+
+    def _uncheck(self) -> None:
+        self._era += 1
+        for activation in self._activations.values():
+            activation.uncheck()
+
+    def _disturbed(self) -> None:
+        self._uncheck()
+        self._sweep_soon()
 
     def _sweep_soon(self) -> None:
         self._swept_to = (0, 0)
@@ -449,7 +639,9 @@ class Runtime:
         for activation in list(self._resolving):
             activation.resume()
 
-    def _on_advisory(self, _message: Message) -> None:
+    def _on_advisory(self, message: Message) -> None:
+        if message.subject.endswith(f".{self.signals.stream}"):
+            self._uncheck()
         self._sweep_soon()
 
     async def _sweep_loop(self, every_s: float) -> None:
@@ -460,9 +652,15 @@ class Runtime:
             if not self._activations:
                 continue
             try:
-                last = int((await self.signals.info())["state"]["last_seq"])
+                info = await self.signals.info()
+                last = int(info["state"]["last_seq"])
                 before, times = self._swept_to
-                if last == before and times >= _SWEEPS:
+                if last < before or identity(info) != (self._stream_is or identity(info)):
+                    self._uncheck()
+                    before, times = 0, 0
+                self._stream_is = identity(info)
+                all_checked = all(item.checked for item in self._activations.values())
+                if last == before and times >= _SWEEPS and all_checked:
                     continue
                 await self._look_for_unread(list(self._activations.values()))
                 self._swept_to = (last, times + 1 if last == before else 1)
@@ -473,11 +671,30 @@ class Runtime:
 
     async def _look_for_unread(self, activations: list[Activation]) -> None:
         by_subject = {self.subjects.mailbox(item.id): item for item in activations}
-        for subject, message in (await self.signals.last_of(by_subject)).items():
-            activation = by_subject[subject]
-            if message.sequence > activation.fetched:
-                activation.seen = max(activation.seen, message.sequence)
-                activation.fall_behind()
+        era = self._era
+        if all(item.checked for item in activations):
+            found = await self.signals.last_of(by_subject)
+        else:
+            info = await self.signals.info()
+            newest = int(info["state"]["last_seq"])
+            found = await self.signals.last_of_by_now(by_subject, newest=newest)
+            for item in activations:
+                if not item.checked and has_lost_its_clock(
+                    info, cursor=item.fetched, mark=item.fetched_mark
+                ):
+                    item.fall_behind()  # it looks more closely first
+        for subject, activation in by_subject.items():
+            self._compare(activation, found.get(subject), era)
+
+    def _compare(self, activation: Activation, last: StoredMessage | None, era: int) -> None:
+        """What the last message of its mailbox says to an activation."""
+        if last is not None and last.sequence > activation.fetched:
+            activation.seen = max(activation.seen, last.sequence)
+            activation.fall_behind()
+        elif last is not None and stamp(last.time) > (activation.fetched_mark or "~"):
+            activation.rewound()
+        elif era == self._era and not activation.behind:
+            activation.checked = True
 
     # ---- what activations ask of their runtime ----------------------------------
 
@@ -579,7 +796,7 @@ class Runtime:
                 age = timedelta(seconds=monotonic() - (item.tried_since or 0.0))
                 since = parse_time(info["ts"]) - age
                 found = await find_stored(self._reader_of, [item], since)
-            except (BusTimeoutError, BusUnavailableError):
+            except (BusTimeoutError, BusUnavailableError, NotFoundError):
                 continue
             activation.publish_late(subject, item, item.msg_id in found)
             return
@@ -719,5 +936,25 @@ class Runtime:
         self._host.report(AgentReport(id=agent, epoch=epoch, status=status, reason=reason))
 
 
+def _assignment(entry: Entry) -> AgentRecord | None:
+    """To whom the registry gives an agent; what can't be read was not written for us."""
+    if entry.value is None:
+        return None
+    try:
+        return decode(AgentRecord, entry.value)
+    except DecodeError:
+        return None
+
+
 def _is_durable(record: AgentRecord, cls: type[Agent]) -> bool:
     return record.spec.durable and cls.durable
+
+
+def _measured(items: Sequence[Activation]) -> DeploymentMeasure:
+    gauges: dict[str, list[float]] = {}
+    for item in items:
+        for name, value in item.agent.ctx._gauges.items():
+            gauges.setdefault(name, []).append(value)
+    return DeploymentMeasure(
+        agents=len(items), backlog=sum(item.backlog for item in items), gauges=gauges
+    )

@@ -12,11 +12,14 @@ from typing import Any
 from uuid import uuid4
 
 from foundation_nats.api.agents import Agents
+from foundation_nats.api.consensus import Consensus
 from foundation_nats.api.deployments import Deployments
+from foundation_nats.api.leases import Leases
 from foundation_nats.api.letters import DeadLetters, Events
 from foundation_nats.api.nodes import Nodes
 from foundation_nats.api.refs import AgentRef
 from foundation_nats.api.taps import Taps
+from foundation_nats.api.watching import NodeChanges
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import assets
@@ -61,6 +64,7 @@ class Cluster:
         self._scope: TaskScope | None = None
         self._registry: Registry | None = None
         self._desired_state: Desired | None = None
+        self._changes: NodeChanges | None = None
         self._opening = asyncio.Lock()
         self.agents = Agents(self)
         self.nodes = Nodes(self)
@@ -68,6 +72,8 @@ class Cluster:
         self.dead = DeadLetters(self)
         self.events = Events(self)
         self.taps = Taps(self)
+        self.consensus = Consensus(self)
+        self.leases = Leases(self)
 
     @classmethod
     def connect(
@@ -79,22 +85,32 @@ class Cluster:
         name: str | None = None,
         config: Config | None = None,
         timeout: float = 5.0,
+        missing: assets.Missing = "refuse",
     ) -> _Connecting:
         """Connect: use as ``async with``, or await it and call `close`.
 
         Without *url* the servers come from ``FOUNDATION_SERVER``, else
-        ``nats://127.0.0.1:4222``. *name* is this client's name as a source of
+        ``nats://127.0.0.1:4222``. A *url* may be a locator, such as
+        ``dns+srv://_nats._tcp.example.org``: see docs/discovery.md. *name* is this client's name as a source of
         signals and in the server's list of connections.
+
+        An account without this cluster gets its streams. Streams that an existing
+        cluster has lost are not made anew, unless *missing* is ``make`` (``leave``
+        connects without them).
 
         Raises (when entered or awaited):
             BusUnavailableError: no server answers within *timeout*.
-            ServerError: the server is too old, or has no JetStream.
+            ServerError: the server is too old, has no JetStream, or has lost streams of
+                the cluster (`details["missing"]`).
             ConfigError: an argument is wrong.
         """
-        return _Connecting(cls, url, cluster, creds, name, config, timeout)
+        return _Connecting(cls, url, cluster, creds, name, config, timeout, missing)
 
     async def close(self) -> None:
         """End the connection. Idempotent."""
+        if self._changes is not None:
+            self._changes.close()
+        await self.consensus.close()
         if self._scope is not None:
             await self._scope.close()
         await self.bus.close()
@@ -251,6 +267,18 @@ class Cluster:
                 self._desired_state = desired
             return self._desired_state
 
+    async def _open_changes(self) -> NodeChanges:
+        async with self._opening:
+            if self._changes is None:
+                changes = NodeChanges(self.bus, self.subjects, self.config.liveness)
+                try:
+                    await changes.open(await self._open_scope(), timeout=_READY_TIMEOUT_S)
+                except BaseException:
+                    changes.close()
+                    raise
+                self._changes = changes
+            return self._changes
+
 
 class _Connecting:
     """What `Cluster.connect` returns: await it, or enter it."""
@@ -264,6 +292,7 @@ class _Connecting:
         name: str | None,
         config: Config | None,
         timeout: float,
+        missing: assets.Missing,
     ) -> None:
         self._kind = kind
         self._url = url
@@ -272,6 +301,7 @@ class _Connecting:
         self._name = name
         self._config = config
         self._timeout = timeout
+        self._missing = missing
         self._cluster: Cluster | None = None
 
     async def _open(self) -> Cluster:
@@ -294,7 +324,7 @@ class _Connecting:
         name = self._name or f"client-{token_hex(4)}"
         bus = await Bus.connect(config.bus, name)
         try:
-            await assets.ensure(bus, config)
+            await assets.ensure(bus, config, missing=self._missing)
         except BaseException:
             await bus.close()
             raise

@@ -1,11 +1,14 @@
-"""`cluster.nodes`: who is there, by asking them."""
+"""`cluster.nodes`: who is there, by asking them; who comes and goes, by watching."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from foundation_nats.api.refs import NodeInfo
+from foundation_nats.api.watching import NodeChange, Watcher
+from foundation_nats.base.logs import get_logger
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.errors import BusTimeoutError, NodeNotFoundError, NoRespondersError
@@ -88,3 +91,68 @@ class Nodes:
         if entry is None or entry.value is None:
             return None
         return rpc.decode(LeaseRecord, entry.value)
+
+    # ---- coming and going --------------------------------------------------------
+
+    async def watch(self, *, present: bool = False) -> AsyncGenerator[NodeChange, None]:
+        """Every change from now on: joined, left, suspect, down, returned; with the node's record.
+
+        With *present* the nodes that are up come first, as ``joined``. It is this
+        client's own judgement, by what it hears: see `foundation_nats.api.watching`.
+        A reader that is 1000 changes behind loses the oldest.
+
+        Example:
+            >>> async for change in cluster.nodes.watch():
+            ...     print(change.kind, change.node, change.record.labels)
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the nodes could not be read.
+        """
+        changes = await self._cluster._open_changes()
+        watcher = Watcher()
+        end = changes.listen(watcher.put)
+        missed = 0
+        try:
+            for change in changes.present() if present else ():
+                yield change
+            while True:
+                change = await watcher.next()
+                if watcher.missed > missed:
+                    get_logger("nodes").warning(
+                        "a reader of node changes does not keep up", missed=watcher.missed
+                    )
+                    missed = watcher.missed
+                yield change
+        finally:
+            end()
+
+    async def on_up(self, callback: Callable[[NodeChange], object]) -> Callable[[], None]:
+        """Call *callback* whenever a node joins or returns; returns what ends that.
+
+        It is called in the event loop and must not block; what it raises is logged.
+        Nodes that are up already are not told: `list` them, or `watch(present=True)`.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the nodes could not be read.
+        """
+        changes = await self._cluster._open_changes()
+
+        def listener(change: NodeChange) -> None:
+            if change.is_up:
+                callback(change)
+
+        return changes.listen(listener)
+
+    async def on_down(self, callback: Callable[[NodeChange], object]) -> Callable[[], None]:
+        """Call *callback* whenever a node leaves or is judged to be down; see `on_up`.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the nodes could not be read.
+        """
+        changes = await self._cluster._open_changes()
+
+        def listener(change: NodeChange) -> None:
+            if change.is_down:
+                callback(change)
+
+        return changes.listen(listener)

@@ -1,8 +1,17 @@
 """The declared streams and buckets of a cluster; ensure them idempotently and name every drift.
 
-One place says what the server must hold. `ensure` creates what is missing and
-leaves what exists as it is; `drift` lists where an existing stream differs, for
+One place says what the server must hold. `ensure` declares a cluster where there is
+none, and leaves what exists as it is; `drift` lists where an existing stream differs, for
 `foundation doctor`.
+
+A stream that a cluster has *lost* (deleted, or gone with a disk) is not made anew
+behind its back: an empty one would answer as if nothing had ever been in it. Lost is what
+is missing while another of the cluster's streams has ever held a message, because nobody
+writes before all are declared. What is missing while none was ever written to belongs to a
+declaration that has begun and not ended, and is completed. A stream that a later release
+adds counts as lost in a cluster from before, and takes one ``doctor --repair``. Not recognised: the loss of
+the only stream that was ever written to, and the loss of all of them together, which looks
+like an empty account.
 
 Facts verified on nats-server 2.15.1: creating a stream with an equal
 configuration succeeds, with a different one fails with 10058; ``max_bytes`` of
@@ -13,7 +22,7 @@ a file stream is reserved, and refused with 10047 where the store is smaller;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.connection import Bus
@@ -35,8 +44,14 @@ _NO_STORAGE = 10047
 _GIB = 1024**3
 _MIB = 1024**2
 _SIGNALS_BYTES_DEFAULT = 16 * _GIB
-_SIGNALS_BYTES_MIN = 16 * _MIB
+_BYTES_MIN = 16 * _MIB
+_LEFT_FREE = 4
+"""Of room that had to be found out by trial, one part in so many is left for the rest."""
 _SECOND = 1_000_000_000
+
+
+Missing = Literal["refuse", "make", "leave"]
+"""What to do about streams that an existing cluster has lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,11 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
     """Every stream of the cluster, buckets included, as the server wants to hear it."""
     names = Subjects(config.cluster)
     window = int(config.mailbox.duplicate_window_s * _SECOND)
+
+    def beside(most: int, part: int) -> int:
+        """The limit of a stream beside SIGNALS: in a small store a *part* of that one's."""
+        return min(most, max(signals_max_bytes // part, min(4 * _MIB, signals_max_bytes)))
+
     common: dict[str, Any] = {
         "storage": "file",
         "num_replicas": config.replicas,
@@ -99,7 +119,7 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
             "subjects": [names.routes()],
             "retention": "workqueue",
             "discard": "new",
-            "max_bytes": min(256 * _MIB, signals_max_bytes),
+            "max_bytes": beside(256 * _MIB, 8),
             "max_consumers": 16,
         },
         {
@@ -108,7 +128,7 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
             "subjects": [names.events()],
             "retention": "limits",
             "discard": "old",
-            "max_bytes": min(64 * _MIB, signals_max_bytes),
+            "max_bytes": beside(64 * _MIB, 16),
             "max_age": 7 * 24 * 3600 * _SECOND,
             "max_consumers": 1000,
         },
@@ -118,7 +138,7 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
             "subjects": [names.dead_all()],
             "retention": "limits",
             "discard": "new",
-            "max_bytes": min(256 * _MIB, signals_max_bytes),
+            "max_bytes": beside(256 * _MIB, 8),
             "max_consumers": 1000,
         },
     ]
@@ -141,16 +161,37 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
     return streams
 
 
-async def ensure(bus: Bus, config: Config) -> None:
-    """Create what is missing of the cluster's streams, buckets and consumers.
+async def ensure(bus: Bus, config: Config, *, missing: Missing = "refuse") -> None:
+    """Declare the cluster's streams, buckets and consumers, unless it exists.
+
+    Args:
+        missing: what to do if an existing cluster has lost some: refuse, make them anew
+            (empty), or leave it so.
 
     Raises:
         ServerError: the server is too old, has no JetStream, or has no room.
+        ServerError: streams of an existing cluster are gone; `details["missing"]` names them.
         BusTimeoutError, BusUnavailableError: the server does not answer.
     """
     check_server(bus.server_facts)
-    for stream in declared_streams(config, await _signals_bytes(bus, config)):
-        await _ensure_stream(bus, stream)
+    size = await _signals_bytes(bus, config)
+    declared = declared_streams(config, size)
+    there = await _stream_names(bus)
+    absent = [stream["name"] for stream in declared if stream["name"] not in there]
+    if absent and len(absent) < len(declared) and missing != "make":
+        lost = await _lost(bus, [stream["name"] for stream in declared], absent)
+        if lost and missing == "leave":
+            return
+        if lost:
+            raise ServerError(
+                f"The cluster {config.cluster} has lost {', '.join(lost)}: the server does not "
+                "have them any more, but others of the cluster, which were in use.",
+                hint="Restore them from a backup (`nats stream restore`), or accept that what "
+                "they held is lost: `foundation doctor --repair` makes them anew, empty.",
+                missing=lost,
+            )
+    if absent:
+        await _declare(bus, config, size, absent)
     names = Subjects(config.cluster)
     await api(
         bus,
@@ -173,6 +214,76 @@ async def ensure(bus: Bus, config: Config) -> None:
     )
 
 
+async def _stream_names(bus: Bus) -> set[str]:
+    """Every stream of the account, as the server that leads them all knows it."""
+    found: set[str] = set()
+    while True:
+        page = await api(bus, "STREAM.NAMES", "", {"offset": len(found)})
+        names = page.get("streams") or []
+        found.update(names)
+        if not names or len(found) >= int(page.get("total", 0)):
+            return found
+
+
+async def _lost(bus: Bus, declared: list[str], absent: list[str]) -> list[str]:
+    """Which of *absent* a cluster in use has lost; none if nobody has written to it yet."""
+    for name in declared:
+        if name in absent:
+            continue
+        try:
+            info = await api(bus, "STREAM.INFO", name)
+        except NotFoundError:
+            continue
+        if int(info["state"]["last_seq"]) > 0:
+            # It is complete by now, also if it was still being declared at the first look.
+            there = await _stream_names(bus)
+            return [name for name in declared if name not in there]
+    return []
+
+
+async def _declare(bus: Bus, config: Config, size: int, absent: list[str]) -> None:
+    """Create the streams named *absent*; those beside SIGNALS fit the room it was given."""
+    signals = Subjects(config.cluster).signals_stream
+    if signals in absent:
+        (wanted, *_) = declared_streams(config, size)
+        size = await _ensure_stream(bus, wanted)
+    else:
+        held = int((await api(bus, "STREAM.INFO", signals))["config"].get("max_bytes", 0))
+        size = held if held > 0 else size
+    for stream in declared_streams(config, size):
+        if stream["name"] in absent and stream["name"] != signals:
+            await _ensure_stream(bus, stream)
+
+
+async def ensure_domain(bus: Bus, names: Subjects, name: str, *, replicas: int) -> None:
+    """Create the stream of the domain *name* if it is missing.
+
+    Entries are removed by the compaction alone; the stream has no limit of its own,
+    because a full one could not take the snapshot that would make room.
+
+    Raises:
+        ServerError: the server has no room.
+        BusTimeoutError, BusUnavailableError: the server does not answer.
+    """
+    await _ensure_stream(
+        bus,
+        {
+            "name": names.domain_stream(name),
+            "subjects": [names.domain(name), names.domain_snapshot(name), names.domain_mark(name)],
+            "storage": "file",
+            "num_replicas": replicas,
+            "allow_direct": True,
+            "duplicate_window": 120 * _SECOND,
+            "retention": "limits",
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "max_consumers": 1000,
+            "republish": {"src": names.domain(name), "dest": names.domain_live(name)},
+        },
+    )
+
+
 async def _signals_bytes(bus: Bus, config: Config) -> int:
     if config.mailbox.signals_max_bytes is not None:
         return config.mailbox.signals_max_bytes
@@ -187,19 +298,25 @@ async def _signals_bytes(bus: Bus, config: Config) -> int:
     return int(limit * 0.6) if limit > 0 else _SIGNALS_BYTES_DEFAULT
 
 
-async def _ensure_stream(bus: Bus, stream: dict[str, Any]) -> None:
+async def _ensure_stream(bus: Bus, stream: dict[str, Any]) -> int:
+    """Create it if it is missing, smaller if there is no room; returns its ``max_bytes``."""
     wanted = dict(stream)
     while True:
         try:
             await api(bus, "STREAM.CREATE", wanted["name"], wanted)
-            return
+            size = int(wanted.get("max_bytes", 0))
+            if size < int(stream.get("max_bytes", 0)):
+                # It fits, but perhaps to the last byte.
+                wanted["max_bytes"] = size = size - size // _LEFT_FREE
+                await api(bus, "STREAM.UPDATE", wanted["name"], wanted)
+            return size
         except BusRefusedError as error:
             code = error.details.get("err_code")
             if code == _IN_USE_DIFFERENT:
                 get_logger("assets").debug("stream kept as it is", stream=wanted["name"])
-                return
+                return int(stream.get("max_bytes", 0))
             size = int(wanted.get("max_bytes", 0))
-            if code == _NO_STORAGE and size // 2 >= _SIGNALS_BYTES_MIN:
+            if code == _NO_STORAGE and size // 2 >= _BYTES_MIN:
                 wanted["max_bytes"] = size // 2
                 continue
             raise ServerError(

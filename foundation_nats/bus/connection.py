@@ -5,6 +5,10 @@ nats-py closed for good (F5). A request that is in flight when the connection
 drops fails at once with `BusTimeoutError` (outcome unknown) rather than by its
 time-out; nothing is sent later on behalf of a caller that has given up.
 
+Servers that are locators (`foundation_nats.discovery`) are looked up for every new client,
+and while the connection is down again and again, beside nats-py's own attempts:
+a NATS cluster whose addresses have all changed is found again.
+
 Handlers run inside the read loop, in the order of arrival. They must not
 block, and an error in one is logged, not raised into the connection.
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import random
 import re
 from collections import deque
@@ -31,10 +36,13 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.wire import Handler, Message, Route, WireClient
 from foundation_nats.config import BusConfig
+from foundation_nats.discovery.servers import Servers
 from foundation_nats.errors import (
     BusError,
     BusTimeoutError,
     BusUnavailableError,
+    ConfigError,
+    FoundationError,
     NoRespondersError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -46,6 +54,14 @@ _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"
 _REBUILD_DELAY_MAX_S = 2.0
 _EXPIRY_TICK_S = 0.1
 _EXPIRY_IDLE_S = 0.3
+_LOOK_UP_SHARE = 0.5
+"""Of the time a connection may take: the look-up of its servers."""
+_LOOK_AGAIN_S = 0.25
+_LOOK_AGAIN_MAX_S = 5.0
+_LOOK_FIRST_S = 0.3
+"""How long the first attempt after a drop waits for the first look-up: the old address may be
+one that swallows packets, which would cost a whole time-out."""
+_WATCH_EVERY_S = 2.0
 
 
 class _Pending(NamedTuple):
@@ -73,6 +89,7 @@ class Bus:
     def __init__(self, config: BusConfig, name: str) -> None:
         self._config = config
         self._name = name
+        self._servers = Servers(config.servers)
         self._log = get_logger("bus").bind(connection=name)
         self._client: WireClient = WireClient()
         self._routes: set[Route] = set()
@@ -84,6 +101,9 @@ class Bus:
         self._rebuilds = 0
         self._rebuild_task: asyncio.Task[None] | None = None
         self._expiry_task: asyncio.Task[None] | None = None
+        self._servers_task: asyncio.Task[None] | None = None
+        self._look_up_now = asyncio.Event()
+        self._looked_up = asyncio.Event()
         self._connected = asyncio.Event()
         self._on_disconnect: list[Callable[[], None]] = []
         self._on_reconnect: list[Callable[[], None]] = []
@@ -98,8 +118,11 @@ class Bus:
         """Connect, within `connect_timeout_s`.
 
         Raises:
-            BusUnavailableError: no server answered; names the servers and the reason.
+            BusUnavailableError: no server was found, or none answered; names the servers
+                and the reason.
             PermissionDeniedError: the credentials were refused.
+            ConfigError: a server locator is wrong, or it or a credentials file needs something
+                that is not installed.
         """
         bus = cls(config, name)
         try:
@@ -114,10 +137,12 @@ class Bus:
         bus._attach_inbox()
         bus._connected.set()
         bus._expiry_task = asyncio.get_running_loop().create_task(bus._expire())
+        if not bus._servers.is_fixed:
+            bus._servers_task = asyncio.get_running_loop().create_task(bus._follow_servers())
         return bus
 
     def _connect_error(self, error: BaseException) -> BusError:
-        servers = ", ".join(_without_password(url) for url in self._config.servers)
+        servers = self._servers.shown
         last = self._client.last_error or error
         text = str(last) or type(last).__name__
         if isinstance(last, nats_errors.AuthorizationError) or "authorization" in text.lower():
@@ -136,14 +161,23 @@ class Bus:
         config = self._config
         options: dict[str, Any] = {}
         if config.creds:
+            try:
+                importlib.import_module("nkeys")  # nats-py signs with it, and doesn't require it
+            except ImportError as error:
+                raise ConfigError(
+                    "A credentials file needs the package nkeys, which is not installed.",
+                    hint="Install it with `pip install nkeys`.",
+                ) from error
             options["user_credentials"] = config.creds
         if config.user:
             options["user"] = config.user
             options["password"] = config.password
         if config.token:
             options["token"] = config.token
+        # In the order of the look-up, which may be one of priorities; plain URLs in any.
+        options["dont_randomize"] = not self._servers.is_fixed
         await client.connect(
-            servers=list(config.servers),
+            servers=await self._servers.resolve(config.connect_timeout_s * _LOOK_UP_SHARE),
             name=self._name,
             connect_timeout=max(1, int(config.connect_timeout_s)),
             max_reconnect_attempts=-1,
@@ -156,6 +190,7 @@ class Bus:
             disconnected_cb=self._disconnected_cb,
             reconnected_cb=self._reconnected_cb,
             closed_cb=self._closed_cb,
+            **options,
         )
 
     def _attach_inbox(self) -> None:
@@ -168,7 +203,7 @@ class Bus:
         if self._closing:
             return
         self._closing = True
-        for task in (self._expiry_task, self._rebuild_task):
+        for task in (self._expiry_task, self._servers_task, self._rebuild_task):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, BusError):
@@ -483,6 +518,11 @@ class Bus:
         self._log.warning("disconnected from NATS; reconnecting")
         for callback in list(self._on_disconnect):
             callback()
+        if self._servers_task is not None:
+            self._looked_up.clear()
+            self._look_up_now.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._looked_up.wait(), _LOOK_FIRST_S)
 
     async def _reconnected_cb(self) -> None:
         self.disturbed_at = monotonic()
@@ -504,7 +544,7 @@ class Bus:
             self._client = client
             try:
                 await asyncio.wait_for(self._open(client), self._config.connect_timeout_s)
-            except (OSError, TimeoutError, nats_errors.Error) as error:
+            except (OSError, TimeoutError, nats_errors.Error, FoundationError) as error:
                 self._log.warning("cannot connect to NATS", error=str(error))
                 with contextlib.suppress(Exception):
                     await client.close()
@@ -518,10 +558,27 @@ class Bus:
             await self._reconnected_cb()
             return
 
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    async def _follow_servers(self) -> None:
+        """Look the servers up while there is no connection, and when what is watched changes."""
+        delay = _LOOK_AGAIN_S
+        while True:
+            is_up = self._connected.is_set()
+            pause = _WATCH_EVERY_S if is_up else delay * random.uniform(0.75, 1.25)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look_up_now.wait(), pause)
+            if self._look_up_now.is_set() or self._connected.is_set():
+                delay = _LOOK_AGAIN_S
+                if not self._look_up_now.is_set() and not self._servers.has_changed():
+                    continue
+            else:
+                delay = min(delay * 2, _LOOK_AGAIN_MAX_S)
+            self._look_up_now.clear()
+            try:
+                urls = await self._servers.resolve(self._config.connect_timeout_s * _LOOK_UP_SHARE)
+                self._client.offer_servers(urls)
+            except (FoundationError, nats_errors.Error) as error:
+                self._log.warning("servers not looked up; trying those known", error=str(error))
+            self._looked_up.set()
 
 
 def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, float]:

@@ -99,9 +99,13 @@ class Bucket:
         message = await self.reader.last_from_leader(self.subject(key))
         return None if message is None else self.entry(message)
 
-    async def read_many(self, keys: list[str]) -> dict[str, Entry]:
-        """Many keys at once; those never written are missing. A replica may answer."""
-        found = await self.reader.last_of(self.subject(key) for key in keys)
+    async def read_many(self, keys: list[str], *, by_now: bool = False) -> dict[str, Entry]:
+        """Many keys at once; those never written are missing.
+
+        A replica may answer, which may be behind; with *by_now* nothing is older than the call.
+        """
+        read = self.reader.last_of_by_now if by_now else self.reader.last_of
+        found = await read(self.subject(key) for key in keys)
         entries = (self.entry(message) for message in found.values())
         return {entry.key: entry for entry in entries}
 

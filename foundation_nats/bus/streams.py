@@ -41,6 +41,8 @@ from foundation_nats.errors import (
 
 MULTI_LAST_MAX = 1000
 _PAGE = 256
+_FRESH_TRIES = 50
+_FRESH_PAUSE_S = 0.05
 
 WRONG_LAST_SEQUENCE = 10071
 WRITE_IN_FLIGHT = 10164
@@ -187,6 +189,11 @@ async def api(
     return found
 
 
+def identity(info: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a stream's description, what changes when it is made anew or led by another server."""
+    return info.get("created", ""), (info.get("cluster") or {}).get("leader", "")
+
+
 class StreamReader:
     """Reads and trims one stream."""
 
@@ -220,22 +227,66 @@ class StreamReader:
             body["seq"] = start
         if subject is not None:
             body["next_by_subj"] = subject
-        return await self._collect(body)
+        messages, more, _ = await self._collect(body)
+        return messages, more
 
     async def last_of(self, subjects: Iterable[str]) -> dict[str, StoredMessage]:
         """The last message of each subject that has one; a replica may answer."""
         wanted = list(subjects)
         found: dict[str, StoredMessage] = {}
         for start in range(0, len(wanted), MULTI_LAST_MAX):
-            messages, _ = await self._collect(
-                {"multi_last": wanted[start : start + MULTI_LAST_MAX], "batch": MULTI_LAST_MAX + 24}
-            )
+            messages, *_ = await self._last_of(wanted[start : start + MULTI_LAST_MAX])
             found.update((message.subject, message) for message in messages)
         return found
 
-    async def _collect(self, body: Mapping[str, Any]) -> tuple[list[StoredMessage], int]:
+    async def last_of_by_now(
+        self, subjects: Iterable[str], *, newest: int | None = None
+    ) -> dict[str, StoredMessage]:
+        """`last_of`, and nothing older than this call: a replica that lags is asked again.
+
+        *newest* is the stream's last sequence, where the caller has just asked for it.
+
+        Raises:
+            BusTimeoutError: no replica has caught up in time.
+        """
+        wanted = list(subjects)
+        found: dict[str, StoredMessage] = {}
+        if not wanted:
+            return found
+        if newest is None:
+            newest = int((await self.info())["state"]["last_seq"])
+        # An answer without any message doesn't say how old it is: ask for one that is there.
+        present = await self.last_from_leader(">")
+        if present is None:
+            return found
+        for start in range(0, len(wanted), MULTI_LAST_MAX):
+            chunk = wanted[start : start + MULTI_LAST_MAX]
+            for _ in range(_FRESH_TRIES):
+                messages, _, up_to = await self._last_of([*{*chunk, present.subject}])
+                if up_to >= newest:
+                    found.update((message.subject, message) for message in messages)
+                    break
+                if not messages:
+                    # It was there, and has been removed since.
+                    for subject in chunk:
+                        message = await self.last_from_leader(subject)
+                        if message is not None:
+                            found[subject] = message
+                    break
+                await asyncio.sleep(_FRESH_PAUSE_S)
+            else:
+                raise BusTimeoutError(f"The replicas of {self.stream} lag behind its leader.")
+        if present.subject not in wanted:
+            found.pop(present.subject, None)
+        return found
+
+    async def _last_of(self, subjects: list[str]) -> tuple[list[StoredMessage], int, int]:
+        return await self._collect({"multi_last": subjects, "batch": MULTI_LAST_MAX + 24})
+
+    async def _collect(self, body: Mapping[str, Any]) -> tuple[list[StoredMessage], int, int]:
+        """The messages, how many follow, and (of ``multi_last``) how far the replica was."""
         messages: list[StoredMessage] = []
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Message | BusError) -> None:
             if done.done():
@@ -243,9 +294,14 @@ class StreamReader:
             if isinstance(reply, BusError):
                 done.set_exception(reply)
             elif reply.status == 204 and not reply.data:
-                done.set_result(int(reply.header(b"Nats-Num-Pending") or b"0"))
+                done.set_result(
+                    (
+                        int(reply.header(b"Nats-Num-Pending") or b"0"),
+                        int(reply.header(b"Nats-UpTo-Sequence") or b"0"),
+                    )
+                )
             elif reply.status == 404:
-                done.set_result(0)
+                done.set_result((0, 0))
             elif reply.status:
                 done.set_exception(
                     BusRefusedError(
@@ -268,16 +324,24 @@ class StreamReader:
             direct_get(self.stream), orjson.dumps(body), on_reply, many=True
         )
         try:
-            pending = await done
+            pending, up_to = await done
         except NoRespondersError as error:
             raise BusUnavailableError(f"No server answers reads of {self.stream}.") from error
         finally:
             self._bus.forget(token)
-        return messages, pending
+        return messages, pending, up_to
 
     async def last_from_leader(self, subject: str) -> StoredMessage | None:
         """The last message of *subject*, as the stream's leader knows it; None if there is none."""
         return await self._get({"last_by_subj": subject})
+
+    async def first_since(self, subject: str, time: str) -> StoredMessage | None:
+        """The first message of *subject* that was stored at *time* or later, as the leader knows it."""
+        return await self._get({"start_time": time, "next_by_subj": subject})
+
+    async def next_of(self, subject: str, sequence: int) -> StoredMessage | None:
+        """The first message of *subject* from *sequence* on, as the leader knows it."""
+        return await self._get({"seq": sequence, "next_by_subj": subject})
 
     async def at_sequence(self, sequence: int) -> StoredMessage | None:
         """The message with this sequence; None if it is gone."""
@@ -330,5 +394,6 @@ __all__ = [
     "api",
     "append",
     "append_nowait",
+    "identity",
     "translate",
 ]

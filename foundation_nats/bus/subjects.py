@@ -111,6 +111,33 @@ class Subjects:
         """Every event."""
         return f"fnd.{self.cluster}.event.>"
 
+    # ---- replicated domains -----------------------------------------------------
+
+    # fnd.C.domain.<name>
+    def domain(self, name: str) -> str:
+        """The log of the domain *name*; stored in a stream of its own."""
+        return f"fnd.{self.cluster}.domain.{name}"
+
+    # fnd.C.domain.<name>.live
+    def domain_live(self, name: str) -> str:
+        """Where the server copies stored entries to: a hint that there is something to read."""
+        return f"fnd.{self.cluster}.domain.{name}.live"
+
+    # fnd.C.domain.<name>.snapshot
+    def domain_snapshot(self, name: str) -> str:
+        """The domain's newest snapshot, in the stream of its log."""
+        return f"fnd.{self.cluster}.domain.{name}.snapshot"
+
+    # fnd.C.domain.<name>.mark
+    def domain_mark(self, name: str) -> str:
+        """Where a read that must see everything leaves its mark, in the stream of the log."""
+        return f"fnd.{self.cluster}.domain.{name}.mark"
+
+    # fnd.C.domain.*
+    def domains(self) -> str:
+        """The log of every domain."""
+        return f"fnd.{self.cluster}.domain.*"
+
     # ---- streams and buckets ----------------------------------------------------
 
     # fnd_C_SIGNALS
@@ -136,6 +163,11 @@ class Subjects:
     def dead_stream(self) -> str:
         """The stream of dead letters."""
         return f"fnd_{self.cluster}_DEAD"
+
+    # fnd_C_DOMAIN_<name>
+    def domain_stream(self, name: str) -> str:
+        """The stream of one replicated domain."""
+        return f"fnd_{self.cluster}_DOMAIN_{name}"
 
     # fnd_C_<kind>
     def bucket(self, kind: str) -> str:

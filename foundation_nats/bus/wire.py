@@ -19,10 +19,10 @@ Facts relied upon, verified against nats-py 2.16.0 and nats-server 2.15.1:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.protocol.parser import Parser
 
 from foundation_nats.base.logs import get_logger
@@ -199,6 +199,23 @@ class WireClient(Client):
         queue = self._flush_queue
         if queue is not None and queue.empty():
             queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    def offer_servers(self, urls: Sequence[str]) -> None:
+        """Try *urls* from the next attempt on, besides what servers have said of each other.
+
+        Not nats-py's ``set_server_pool``: that forgets which servers were learnt
+        from others, and calls the first of the new ones the connected one.
+        """
+        known = {server.uri.netloc: server for server in self._server_pool}
+        pool: dict[str, Srv] = {}
+        for url in urls:
+            uri = self._parse_server_uri(url)
+            pool.setdefault(uri.netloc, known.get(uri.netloc) or Srv(uri))
+        for server in self._server_pool:
+            if server.discovered:
+                pool.setdefault(server.uri.netloc, server)
+        if pool:
+            self._server_pool = list(pool.values())
 
     def forget_pending(self) -> None:
         """Drop what was queued but not sent."""

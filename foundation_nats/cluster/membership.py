@@ -10,6 +10,12 @@ bucket says what a node is, never that it lives: its TTL is garbage collection
 The leader probes every node, because its verdict moves agents; everybody else
 probes only the leader's node, so that its death is noticed by all at once.
 
+A verdict of *down* is final for everybody once it is sealed in the node's
+record, and for the leader who gave it. Anybody else's is an opinion: nobody told
+the node, and the leader, who hears it, goes on confirming its right to answer.
+So it is void when the node is heard after all, when we may have missed hearing
+it, and when we begin to lead (but for the leader we take over from).
+
 Two modes: a *member* (`join`) has a record, sends heartbeats and asks others
 for a second opinion; an *observer* (`observe`: clients, the CLI) only watches
 and judges by silence.
@@ -134,6 +140,8 @@ class Membership:
         """The last heartbeat of each node's newest incarnation; None: it only answered a ping."""
         self._down: dict[str, int] = {}
         """Node to the highest incarnation that is over; outlives the node's record."""
+        self._opinions: dict[str, int] = {}
+        """Node to the incarnation that is over (in `_down`) by our own verdict alone."""
         self._views: dict[str, NodeView] = {}
         self._revision = 0
         self._listeners: list[Callable[[], None]] = []
@@ -160,7 +168,8 @@ class Membership:
         self.disturbed_at: float | None = None
         """When the bus was last known to be unwell, on `monotonic`; None: never."""
         self.lagged_at: float | None = None
-        """When this process last stood still for longer than `suspect_after_s`."""
+        """When this process last learned that others may have given it up: it stood still for
+        longer than `suspect_after_s`, its connection changed, or it didn't hear itself."""
         self.is_in_storm = False
         """Whether verdicts are being held because too many nodes seem dead at once."""
 
@@ -278,6 +287,10 @@ class Membership:
             BusTimeoutError, BusUnavailableError: not (surely) written; call again.
         """
         assert self._record is not None
+        if not self.is_down(self.node, self.incarnation):
+            # From here on, however long the write takes, we neither lead nor confirm ourselves.
+            self._end(self.node, self.incarnation)
+            self._notify()
         incarnation = max(self._record.incarnation + 1, wall_ms())
         try:
             await self._write_own(incarnation, self._own_revision)
@@ -307,12 +320,38 @@ class Membership:
         """
         self._detector = self._new_detector()
         self._died_leading = None
+        self._opinions.clear()
         self._down = {self.node: self.incarnation - 1, **self._sealed}
         for name, record in list(self._records.items()):
             if not self.is_down(name, record.incarnation):
                 self._step(Heard(name, record.incarnation))
             self._show(name)
         self._notify()
+
+    def _take_back(self, node: str, incarnation: int) -> None:
+        """Judge this life anew, if nothing but our own verdict says that it is over."""
+        if self._opinions.get(node) != incarnation:
+            return
+        del self._opinions[node]
+        if self._detector.incarnation(node) not in (None, incarnation):
+            return  # it lives anew: that this life is over is a fact by now
+        self._log.info("verdict taken back", peer=node, incarnation=incarnation)
+        self._down[node] = incarnation - 1
+        self._step(Forgot(node))
+        self._heard.pop(node, None)
+        if self._died_leading is not None and self._died_leading[0] == node:
+            self._died_leading = None
+        if node in self._records:
+            self._step(Heard(node, incarnation))  # suspect until it is really heard
+            self._show(node)
+        else:
+            self._views.pop(node, None)
+        self._notify()
+
+    def _take_back_all(self, *, but: str | None = None) -> None:
+        for node, incarnation in list(self._opinions.items()):
+            if node != but:
+                self._take_back(node, incarnation)
 
     async def seal(self, node: str, incarnation: int) -> None:
         """Write down that this life is over, before its agents are given to others.
@@ -341,6 +380,7 @@ class Membership:
                 except StaleRevisionError:
                     continue
             self._sealed[node] = incarnation
+        self._opinions.pop(node, None)
 
     async def update(self, **changes: Any) -> NodeRecord:
         """Rewrite fields of this node's record, such as ``workers=[…]``.
@@ -418,15 +458,17 @@ class Membership:
 
     async def _open(self, scope: TaskScope, timeout: float) -> None:
         self._scope = scope
+        self._own_heard_at = monotonic()
         bus, subjects = self._bus, self._subjects
         self._routes.append(bus.subscribe(subjects.heartbeats(), self._on_heartbeat))
         self._routes.append(bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory))
         bus.on_disconnect(self._on_bus_change)
         bus.on_reconnect(self._on_bus_change)
         watch = self._bucket.watch(scope, self._on_entry)
-        await watch.wait_ready(timeout)
+        # The record is out: others expect to hear us, however long the bucket takes to read.
         self._send_heartbeat()
         scope.start(self._run(), "beat")
+        await watch.wait_ready(timeout)
         if self._is_member:
             scope.start(self._keep_record(), "record")
         else:
@@ -553,6 +595,8 @@ class Membership:
         if self._is_over:
             return
         name = beat.node
+        # First: what a cut had held back may be read before the next tick.
+        self._note_deafness(monotonic())
         if name == self.node:
             if beat.incarnation == self.incarnation:
                 self._own_heard_at = monotonic()
@@ -560,12 +604,15 @@ class Membership:
             self._echo(beat)
             return
         if beat.left:
+            self._opinions.pop(name, None)
             self._end(name, beat.incarnation)
             self._step(Left(name, beat.incarnation))
             self._heard.pop(name, None)
             self._show(name)
             self._notify()
             return
+        if self._term is None:
+            self._take_back(name, beat.incarnation)
         if not self.is_down(name, beat.incarnation):
             before = self._heard.get(name)
             is_first = before is None or before.incarnation != beat.incarnation
@@ -621,6 +668,7 @@ class Membership:
             return
         if record.ended:
             self._sealed[name] = max(record.incarnation, self._sealed.get(name, -1))
+            self._opinions.pop(name, None)
             if not self.is_down(name, record.incarnation):
                 self._end(name, record.incarnation)
                 self._step(Left(name, record.incarnation))
@@ -645,8 +693,14 @@ class Membership:
 
     def _on_bus_change(self) -> None:
         if not self._is_over:
+            self._note_gap(monotonic())
             self._disturb()
             self._send_heartbeat()
+
+    def _note_gap(self, now: float) -> None:
+        """For a while we may have heard nobody, and others not us."""
+        self.lagged_at = now
+        self._take_back_all()
 
     def _disturb(self) -> None:
         self.disturbed_at = monotonic()
@@ -700,6 +754,8 @@ class Membership:
     ) -> None:
         was_down = self._views.get(node)
         if new is Verdict.DOWN:
+            if cause != "left" and not self.is_down(node, incarnation):
+                self._opinions[node] = incarnation
             self._end(node, incarnation)
         elif old is None:
             self._end(node, incarnation - 1)
@@ -797,13 +853,23 @@ class Membership:
         if term is not None and self._died_leading is not None:
             node, incarnation, cause = self._died_leading
             self._tell("down", f"Node {node} is down ({cause}).", node, incarnation, cause)
-        self._died_leading = None
         if term is not None:
+            self._take_back_all(but=None if self._died_leading is None else self._died_leading[0])
             self._send_heartbeat()
+        self._died_leading = None
 
-    def watch_holder(self, node: str | None) -> None:
-        """Probe *node* while this node doesn't lead: it holds the lease."""
+    def watch_holder(self, node: str | None, wrote: int | None = None) -> None:
+        """Probe *node* while this node doesn't lead: it holds the lease.
+
+        *wrote* is its incarnation if it has just written the lease. That is a sign of life like
+        a heartbeat: who renews leads, and confirms rights to answer, whether *we* hear it or not.
+        """
         self._holder = node
+        if node is not None and wrote is not None and self._term is None and node != self.node:
+            self._died_leading = None
+            self._take_back(node, wrote)
+            if not self.is_down(node, wrote):
+                self._step(Heard(node, wrote))
 
     def emit(self, topic: str, what: str, message: str, **data: Any) -> None:
         """Publish a cluster event in this node's name; never raises and never waits."""
@@ -931,6 +997,7 @@ class Membership:
         is_deaf = now - self._own_heard_at > self._config.heartbeat_interval_s * _DEAF_BEATS
         if is_deaf:
             self._deaf_at = now
+            self._note_gap(now)
             self._step(Deaf())
         if is_deaf != self._is_deaf:
             self._is_deaf = is_deaf
@@ -942,7 +1009,7 @@ class Membership:
     def _note_lag(self, lag: float, now: float) -> None:
         if lag >= self._config.suspect_after_s:
             # We stood still: what others said meanwhile is still unread. It is not silence.
-            self.lagged_at = now
+            self._note_gap(now)
             self._log.warning("this process stood still", seconds=round(lag, 1))
             for name, (incarnation, verdict) in self._detector.snapshot().items():
                 if verdict is Verdict.UP:

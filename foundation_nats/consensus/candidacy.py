@@ -45,6 +45,14 @@ class HolderGone:
 
 
 @dataclass(frozen=True, slots=True)
+class HolderBack:
+    """What was said by `HolderGone` is not so (any more)."""
+
+    holder: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class AcquireResult:
     """What became of `Acquire`; *ok* None: unknown."""
 
@@ -64,6 +72,11 @@ class RenewResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """Something happened after which a leader may have been replaced: it should renew now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Resign:
     """This process stops: give the lease back and take it no more."""
 
@@ -73,7 +86,17 @@ class Tick:
     """Time has passed."""
 
 
-Event = LeaseSeen | LeaseVacant | HolderGone | AcquireResult | RenewResult | Resign | Tick
+Event = (
+    LeaseSeen
+    | LeaseVacant
+    | HolderGone
+    | HolderBack
+    | AcquireResult
+    | RenewResult
+    | Doubt
+    | Resign
+    | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ early (`HolderGone`) may not know it yet. Obligations of the caller: perform
 every effect, answer it with the event that names its attempt, report the lease
 as it is seen (`LeaseSeen`, `LeaseVacant`), and call `step` no later than
 `deadline`. An answer that never comes costs time, not safety. Who was reported
-gone must come back under a higher incarnation: two that hold each other for
-dead would take the lease from each other for ever.
+gone must come back under a higher incarnation, or be reported back: two that
+hold each other for dead would take the lease from each other for ever.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from foundation_nats.consensus.candidacy import (
     Acquire,
     AcquireResult,
     BecameLeader,
+    Doubt,
     Effect,
     Event,
+    HolderBack,
     HolderGone,
     LeaseSeen,
     LeaseVacant,
@@ -51,8 +53,10 @@ __all__ = [
     "AcquireResult",
     "BecameLeader",
     "Candidate",
+    "Doubt",
     "Effect",
     "Event",
+    "HolderBack",
     "HolderGone",
     "LeaseSeen",
     "LeaseVacant",
@@ -160,10 +164,15 @@ class Candidate:
                 effects = self._vacant(revision, now)
             case HolderGone(holder, incarnation):
                 effects = self._holder_gone((holder, incarnation), now)
+            case HolderBack(holder, incarnation):
+                self._gone.discard((holder, incarnation))
+                effects = []
             case AcquireResult():
                 effects = self._acquired(event, now)
             case RenewResult():
                 effects = self._renewed(event, now)
+            case Doubt():
+                effects = self._doubt(now)
             case Resign():
                 effects = self._resign()
             case Tick():
@@ -317,6 +326,14 @@ class Candidate:
                 return [ReadLease()]
             case _:
                 assert_never(result.outcome)
+
+    def _doubt(self, now: float) -> list[Effect]:
+        """Only a renewal proves that it still leads: as soon as the last one had its chance."""
+        if self.role is Role.LEADER:
+            sent_at = [renewal.sent_at for renewal in self._renewals.values()]
+            due = max(now, max(sent_at, default=self._renewed_at) + _RETRY_S)
+            self._next_at = due if self._next_at is None else min(self._next_at, due)
+        return []
 
     def _lose(self, reason: str) -> list[Effect]:
         self.role = Role.FOLLOWER

@@ -30,8 +30,10 @@ from foundation_nats.consensus.candidate import (
     AcquireResult,
     BecameLeader,
     Candidate,
+    Doubt,
     Effect,
     Event,
+    HolderBack,
     HolderGone,
     LeaseSeen,
     LeaseVacant,
@@ -143,6 +145,10 @@ class Election:
         if self._release is not None:
             await asyncio.wait([self._release], timeout=_RELEASE_TIMEOUT_S)
 
+    def doubt(self) -> None:
+        """Renew now, if this node leads: it may have been replaced without hearing of it."""
+        self._step(Doubt())
+
     # ---- what is seen -----------------------------------------------------------
 
     def _on_entry(self, entry: Entry) -> None:
@@ -153,20 +159,27 @@ class Election:
         # Revision 0 is an empty key read from the leader: even its marker has aged out.
         if self._seen is not None and 0 < state.revision < self._seen.revision:
             return
+        is_new = self._seen is None or state.revision > self._seen.revision
         self._seen = state
         record = state.record
-        self._membership.watch_holder(None if record is None else record.holder)
+        self._membership.watch_holder(
+            None if record is None else record.holder,
+            record.incarnation if record is not None and is_new else None,
+        )
         if record is None:
             self._candidate.term = max(self._candidate.term, state.revision)
             self._step(LeaseVacant(state.revision))
         else:
-            self._step(LeaseSeen(record.holder, record.incarnation, record.term, state.revision))
             self._check_holder()
+            self._step(LeaseSeen(record.holder, record.incarnation, record.term, state.revision))
 
     def _check_holder(self) -> None:
         record = None if self._seen is None else self._seen.record
-        if record is not None and self._membership.is_down(record.holder, record.incarnation):
-            self._step(HolderGone(record.holder, record.incarnation))
+        if record is None:
+            return
+        gone = self._membership.is_down(record.holder, record.incarnation)
+        what = HolderGone if gone else HolderBack
+        self._step(what(record.holder, record.incarnation))
 
     def _on_members(self) -> None:
         if self._is_closed:
@@ -177,6 +190,9 @@ class Election:
             self._candidate = self._new_candidate()
             if self._seen is not None:
                 self._see(self._seen)
+        elif self._membership.is_down(self._membership.node, self._candidate.incarnation):
+            # Others have given our agents away: a life that is over confirms nobody's rights.
+            self._step(Resign())
         self._check_holder()
 
     # ---- driving ----------------------------------------------------------------

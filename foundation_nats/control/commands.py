@@ -29,7 +29,7 @@ class Cause(StrEnum):
     RETRY = "retry"
     """It failed, and its back-off is over."""
     LATE = "late"
-    """It was starting for too long."""
+    """It was starting for too long, and was stopped there."""
     RESTARTED = "restarted"
     """It was stopped: for a changed spec, or by itself."""
 

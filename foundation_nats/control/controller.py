@@ -16,6 +16,7 @@ from foundation_nats.cluster.membership import Membership
 from foundation_nats.cluster.registry import Registry
 from foundation_nats.config import Config
 from foundation_nats.consensus.election import Election
+from foundation_nats.control.autoscaler import Autoscaler
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.reconciler import Reconciler
 from foundation_schemas import LeaseRecord
@@ -48,6 +49,9 @@ class Controller:
         self._on_leading = on_leading
         self.desired = Desired(bus, subjects)
         self.reconciler = Reconciler(config, membership, registry, self.desired)
+        self.autoscaler = Autoscaler(
+            bus, subjects, membership, self.desired, config.control.autoscale_every_s
+        )
         self.election = Election(
             bus,
             subjects,
@@ -90,6 +94,7 @@ class Controller:
         """
         await self.desired.open(scope, timeout=timeout)
         self.reconciler.open(scope)
+        scope.start(self.autoscaler.run(), "autoscaler")
         if self._eligible:
             await self.election.open(scope, timeout=timeout)
 
@@ -107,12 +112,14 @@ class Controller:
     def _elected(self, term: int) -> None:
         self._membership.set_leading(term, self._may_echo)
         self.reconciler.lead(term)
+        self.autoscaler.lead(term)
         if self._on_leading is not None:
             self._on_leading(term)
 
     def _lost(self, _reason: str) -> None:
         self._membership.set_leading(None)
         self.reconciler.lead(None)
+        self.autoscaler.lead(None)
         if self._on_leading is not None:
             self._on_leading(None)
 
@@ -120,6 +127,10 @@ class Controller:
         renewed_at = self.election.last_renewed_at
         if monotonic() - renewed_at >= self._echo_for_s:
             return False
-        # Others may have replaced a leader that stood still; only a renewal proves otherwise.
+        # Others may have replaced a leader that stood still or was cut off; only a renewal
+        # proves otherwise, and those who wait for an echo should not wait for the next one.
         lagged_at = self._membership.lagged_at
-        return lagged_at is None or renewed_at > lagged_at
+        if lagged_at is None or renewed_at > lagged_at:
+            return True
+        self.election.doubt()
+        return False

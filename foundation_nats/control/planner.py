@@ -15,7 +15,8 @@ Rules, per agent that some deployment wants:
 - its node lives under a newer incarnation: the activation is lost. It is placed
   anew, on the same node if that still qualifies.
 - ``starting`` for longer than `start_timeout_s`, on a node that gets nothing
-  else started either: placed anew.
+  else started either: stopped there, and placed anew when the node says that it
+  is (or is down); before that the node might yet run it.
 - ``failed``: placed anew after `failed_backoff_s` × 2^failures, at most
   `failed_backoff_max_s`; never if ``restart: temporary``.
 - it runs another spec than wished: stopped, then placed again where it was. At
@@ -69,6 +70,9 @@ _PROGRESS_S = 5.0
 """A node that got an agent started this recently is busy, not stuck …"""
 _PATIENCE = 10
 """… until an agent has waited this many time-outs."""
+
+_LATE = "late"
+"""Why an agent was stopped that was starting for too long, as its record says meanwhile."""
 
 _ACTIVE = frozenset({AgentStatus.STARTING, AgentStatus.RUNNING, AgentStatus.MOVING})
 """Somebody may be running it."""
@@ -233,7 +237,7 @@ class _Planner:
                         if record.digest != digest:
                             rolling.append(item)
                         elif record.status is not AgentStatus.RUNNING:
-                            self._starting(deployment, digest, item)
+                            self._starting(item)
                             continue
                         if record.status is AgentStatus.RUNNING:
                             running += 1
@@ -252,14 +256,14 @@ class _Planner:
                 budget -= 1
             self._stop(item)
 
-    def _starting(self, deployment: Deployment, digest: str, item: Held) -> None:
+    def _starting(self, item: Held) -> None:
         record = item.record
         assert record.node is not None
         waited = self._waited(record.id)
         timeout = self._config.start_timeout_s
         busy = self._now - self._history.progress.get(record.node, -1e9) < _PROGRESS_S
         if waited >= timeout * (_PATIENCE if busy else 1):
-            self._reopen(deployment, digest, item, Cause.LATE)
+            self._stop_late(item)
         elif waited >= timeout:
             self._wake_in(_PROGRESS_S)
         else:
@@ -276,7 +280,8 @@ class _Planner:
                 pass
             case AgentStatus.STOPPED:
                 if changed or record.desired != "run":
-                    self._reopen(deployment, digest, item, Cause.RESTARTED)
+                    cause = Cause.LATE if _was_late(record) else Cause.RESTARTED
+                    self._reopen(deployment, digest, item, cause)
                 elif not _was_stopped_by_loss(record) and spec.restart == "permanent":
                     self._after(self._config.failed_backoff_s, deployment, digest, item)
             case AgentStatus.FAILED:
@@ -377,6 +382,15 @@ class _Planner:
     def _stop(self, item: Held) -> None:
         record = item.record.model_copy(update={"desired": "stop", "since": self._at})
         self._commands.append(Stop(record.id, record, item.revision))
+
+    def _stop_late(self, item: Held) -> None:
+        record = item.record
+        assert record.node is not None
+        origin = RecoveredFrom(node=record.node, epoch=record.epoch, reason=_LATE)
+        after = record.model_copy(
+            update={"desired": "stop", "recovered_from": origin, "since": self._at}
+        )
+        self._commands.append(Stop(record.id, after, item.revision))
 
     def _mark_unavailable(self, item: Held, policy: OnNodeLoss | None) -> None:
         record = item.record
@@ -525,8 +539,6 @@ class _Planner:
     def _unplaceable(self, item: _Open, found: Unplaceable) -> None:
         before = None if item.held is None else item.held.record
         expected = 0 if item.held is None else item.held.revision
-        if item.cause is Cause.LATE:
-            return  # where it is starting is still the best there is
         text = f"no node qualifies: {found.text()}"
         if item.only is not None and before is not None:
             if before.status is AgentStatus.UNAVAILABLE and before.reason == text:
@@ -558,6 +570,11 @@ class _Planner:
             reason=text,
         )
         self._commands.append(MarkPending(item.agent, record, expected, dict(found.reasons)))
+
+
+def _was_late(record: AgentRecord) -> bool:
+    origin = record.recovered_from
+    return origin is not None and origin.reason == _LATE and origin.epoch == record.epoch
 
 
 def _was_stopped_by_loss(record: AgentRecord) -> bool:

@@ -23,7 +23,7 @@ from secrets import token_hex
 from types import TracebackType
 from typing import Protocol, Self
 
-from foundation_nats.base.clock import monotonic
+from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.kv import Bucket, Entry
@@ -81,6 +81,7 @@ class Lock:
         self._key = f"lock_{name}"
         self._holder: str | None = None
         self._revision = 0
+        self._since = ""
         self._until = 0.0
         self._renewing: asyncio.Task[None] | None = None
         self._log = get_logger("lock").bind(lock=name)
@@ -157,7 +158,9 @@ class Lock:
                     wait = _RETRY_S
                 with contextlib.suppress(TimeoutError):
                     pause = min(wait, left, _POLL_S * random.uniform(0.5, 1.0))
-                    await asyncio.wait_for(changed.wait(), max(0.001, pause))
+                    # Not `wait_for`, which may swallow a cancellation (Python 3.11).
+                    async with asyncio.timeout(max(0.001, pause)):
+                        await changed.wait()
         finally:
             self._bus.unsubscribe(route)
         if unreachable is not None:
@@ -169,7 +172,14 @@ class Lock:
         )
 
     async def _take(self, holder: str, expected: int, sent: float) -> bool:
-        record = LockRecord(holder=holder, owner=self._owner, token=expected + 1, ttl_s=self.ttl_s)
+        self._since = utc_text()
+        record = LockRecord(
+            holder=holder,
+            owner=self._owner,
+            token=expected + 1,
+            ttl_s=self.ttl_s,
+            since=self._since,
+        )
         try:
             revision = await self._bucket.replace(self._key, encode(record), expected=expected)
         except StaleRevisionError:
@@ -197,7 +207,11 @@ class Lock:
                     return
                 sent = monotonic()
                 record = LockRecord(
-                    holder=self._holder, owner=self._owner, token=self.token, ttl_s=self.ttl_s
+                    holder=self._holder,
+                    owner=self._owner,
+                    token=self.token,
+                    ttl_s=self.ttl_s,
+                    since=self._since,
                 )
                 try:
                     self._revision = await self._bucket.replace(

@@ -97,6 +97,8 @@ class Host:
         self._used: dict[str, float] = {}
         self._reports: dict[str, AgentReport] = {}
         self._touched: set[str] = set()
+        self._refused: dict[str, Change] = {}
+        """Assignments that exceed what this node has, and what to make of their records."""
         self._lost: dict[str, str] = {}
         """Agents whose worker died: id to the worker."""
         self._suspects: dict[str, tuple[int, str]] = {}
@@ -114,6 +116,7 @@ class Host:
         """Worker to (expected, seen) at the last audit, where they differed."""
         self._scope: TaskScope | None = None
         self._wake = asyncio.Event()
+        self._write = asyncio.Event()
         self._draining: str | None = None
         self._log = get_logger("host").bind(node=node)
 
@@ -129,6 +132,7 @@ class Host:
         subject = self._subjects.control_node(self._node, "report")
         rpc.serve(self._bus, scope, subject, self._on_report)
         scope.start(self._run(), "host")
+        scope.start(self._run_writes(), "host.writes")
         scope.start(self._audit_loop(), "audit")
 
     def _touch_mine(self) -> None:
@@ -223,25 +227,45 @@ class Host:
         for agent in list(self._placed):
             self._unplace(agent)
         self._reports.clear()
+        self._refused.clear()
         self._lost.clear()
         self._suspects.clear()
         self._touch_mine()
 
-    # ---- the loop -----------------------------------------------------------------
+    # ---- the loops ----------------------------------------------------------------
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             await asyncio.sleep(0.001)  # gather what changes together
             self._wake.clear()
+            self._take_in()
+            self._match()
+            if self._lost or self._reports or self._refused:
+                self._write.set()
+
+    async def _run_writes(self) -> None:
+        """Apart from `_run`: a store that stands still must not keep orders from workers."""
+        while True:
+            await self._write.wait()
+            self._write.clear()
             try:
                 await self._reclaim_lost()
                 await self._write_reports()
-                await self._match()
+                await self._write_refusals()
             except BusError as error:
-                self._log.info("host loop will try again", error=str(error))
+                self._log.info("records will be written later", error=str(error))
                 await asyncio.sleep(_RETRY_S)
                 self._touch_mine()
+
+    def _take_in(self) -> None:
+        """What has ended, by its worker's report, is held no more."""
+        for agent, report in self._reports.items():
+            placed = self._placed.get(agent)
+            if report.status is not AgentStatus.RUNNING and (
+                placed is not None and placed.epoch == report.epoch
+            ):
+                self._unplace(agent)
 
     async def _reclaim_lost(self) -> None:
         """Give agents of a dead worker their next epoch, here."""
@@ -262,6 +286,7 @@ class Host:
                 self._suspects.pop(agent, None)
                 self._unplace(agent)
                 self._touched.add(agent)
+                self._wake.set()
                 continue
             changes.append(Change(agent, self._next_life(held.record), held.revision))
         results = await self._registry.write_many(changes)
@@ -272,6 +297,8 @@ class Host:
             else:
                 self._lost.pop(change.id, None)
                 self._suspects.pop(change.id, None)
+                self._touched.add(change.id)
+                self._wake.set()
         if retry:
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
@@ -313,15 +340,11 @@ class Host:
         reports: list[AgentReport] = []
         for agent, report in list(self._reports.items()):
             held = self._registry.get(agent)
-            placed = self._placed.get(agent)
-            if report.status is not AgentStatus.RUNNING and (
-                placed is not None and placed.epoch == report.epoch
-            ):
-                self._unplace(agent)
             record = None if held is None else self._after(held.record, report)
             if held is None or record is None:
                 del self._reports[agent]
                 self._touched.add(agent)
+                self._wake.set()
                 continue
             changes.append(Change(agent, record, held.revision))
             reports.append(report)
@@ -338,6 +361,14 @@ class Host:
             self._announce(change)
         if retry:
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    async def _write_refusals(self) -> None:
+        refused, self._refused = self._refused, {}
+        results = await self._registry.write_many(list(refused.values()))
+        for agent, result in zip(refused, results, strict=True):
+            if isinstance(result, FoundationError):
+                self._touched.add(agent)
+                asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
     def _after(self, record: AgentRecord, report: AgentReport) -> AgentRecord | None:
         """The record that says what was reported; None: the report is no longer of interest."""
@@ -403,12 +434,11 @@ class Host:
             recovered_from=None if recovered is None else recovered.model_dump(),
         )
 
-    async def _match(self) -> None:
+    def _match(self) -> None:
         """Make the workers hold what the records say."""
         touched, self._touched = self._touched, set()
         starts: dict[str, list[AgentRecord]] = {}
         stops, self._unstopped = self._unstopped, {}
-        refused: list[Change] = []
         ready = self._workers.ready()
         for agent in touched:
             if agent in self._lost:
@@ -430,12 +460,13 @@ class Host:
                 placed = None
             else:
                 previous = ""
-            if held is None or not mine:
+            if held is None or not mine or self._has_ended(held.record):
                 continue
             if held.record.desired == "stop":
-                if placed is not None:
+                if placed is not None and placed.worker in ready:
                     stops.setdefault(placed.worker, {})[agent] = placed.epoch
                 elif held.record.status is not AgentStatus.STOPPED:
+                    # No worker has it: at the next turn of the loop it is held no more.
                     self._reports[agent] = AgentReport(
                         id=agent,
                         epoch=held.record.epoch,
@@ -449,7 +480,7 @@ class Host:
             if placed is None:
                 shortage = self._shortage(held.record)
                 if shortage is not None:
-                    refused.append(self._refusal(held, shortage))
+                    self._refused[agent] = self._refusal(held, shortage)
                     continue
                 placed = self._place(held.record, previous)
             if not placed.told and placed.worker in ready:
@@ -457,8 +488,15 @@ class Host:
                 starts.setdefault(placed.worker, []).append(held.record)
         for worker in {*stops, *starts}.intersection(ready):  # others hold nothing
             self._order(worker, stops.get(worker, {}), starts.get(worker, []))
-        if refused:
-            await self._registry.write_many(refused)
+
+    def _has_ended(self, record: AgentRecord) -> bool:
+        """Whether its end under this epoch was reported, and only its record doesn't say so yet."""
+        report = self._reports.get(record.id)
+        return (
+            report is not None
+            and report.epoch == record.epoch
+            and report.status is not AgentStatus.RUNNING
+        )
 
     def _shortage(self, record: AgentRecord) -> str | None:
         for name, amount in needs(record).items():
@@ -612,9 +650,18 @@ class Host:
         """Stop every agent in good order and give its record back; True if all have gone."""
         self._draining = reason
         by_worker: dict[str, dict[str, int]] = {}
+        ready = self._workers.ready()
         for agent, placed in self._placed.items():
-            by_worker.setdefault(placed.worker, {})[agent] = placed.epoch
-        await asyncio.gather(*(self._tell_stop(w, agents) for w, agents in by_worker.items()))
+            if placed.worker in ready:
+                by_worker.setdefault(placed.worker, {})[agent] = placed.epoch
+            else:
+                self._reports[agent] = AgentReport(
+                    id=agent, epoch=placed.epoch, status=AgentStatus.STOPPED, reason=reason
+                )
+        for worker, agents in by_worker.items():
+            # In line: an order to start them that is on its way must not come after it.
+            self._order(worker, agents, [])
+        self._wake.set()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while (self._placed or self._reports) and loop.time() < deadline:

@@ -6,7 +6,7 @@ the node floor imports nothing of the agent floor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from zlib import crc32
@@ -17,7 +17,7 @@ from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.node.blackbox import BlackBox
-from foundation_schemas import AgentRecord, AgentReport, ClassInfo
+from foundation_schemas import AgentRecord, AgentReport, ClassInfo, DeploymentMeasure
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,13 @@ class Workload(Protocol):
     async def stop(self, agents: dict[str, int], reason: str) -> None:
         """Stop these agents (id to epoch) in good order; returns when they have ended."""
 
+    async def review(self) -> None:
+        """End, at once, every activation that the registry as it is now gives to another.
+
+        Raises:
+            BusError: it could not be read; nothing was ended.
+        """
+
     def resume(self) -> None:
         """The right to answer, or the connection, is back."""
 
@@ -57,6 +64,9 @@ class Workload(Protocol):
 
     def backlog(self) -> int:
         """Signals received and not yet handled."""
+
+    def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
+        """What the replicas of these deployments have to do, of those in memory."""
 
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Agent to (cursor, signals consumed) where they moved since the last call, for trimming."""

@@ -47,9 +47,12 @@ from foundation_nats.node.worker import WorkerOrders
 from foundation_nats.node.workers import Workers
 from foundation_nats.signaling.expander import Expander
 from foundation_schemas import (
+    DeploymentMeasure,
     Heartbeat,
     InspectReply,
     Load,
+    MeasureReply,
+    MeasureRequest,
     NodeRecord,
     ValidateReply,
     ValidateRequest,
@@ -193,6 +196,7 @@ class NodeManager:
         await registry.open(scope)
         signals = StreamReader(bus, self._subjects.signals_stream)
         trimmer = Trimmer(signals, self._subjects, config.mailbox)
+        bus.on_disconnect(trimmer.distrust)
         self._host = Host(
             bus,
             self._subjects,
@@ -206,6 +210,7 @@ class NodeManager:
         self._host.open(scope, joined.incarnation)
         verbs = {
             "inspect": self._inspect,
+            "measure": self._measure,
             "validate": self._validate,
             "heartbeat": self._heartbeat,
         }
@@ -340,6 +345,26 @@ class NodeManager:
             agents=agents,
             details=details,
         )
+
+    async def _measure(self, data: bytes) -> WireModel:
+        """The sum over the workers; fails if one of them does not answer."""
+        assert self._bus is not None
+        request = rpc.decode(MeasureRequest, data)
+        sums: dict[str, DeploymentMeasure] = {}
+        for worker in self._workers.ready():
+            subject = self._subjects.control_worker(worker, "measure")
+            found = await rpc.call(self._bus, subject, request, MeasureReply, timeout=0.8)
+            for name, part in found.deployments.items():
+                before = sums.get(name, DeploymentMeasure())
+                gauges = {key: list(values) for key, values in before.gauges.items()}
+                for key, values in part.gauges.items():
+                    gauges.setdefault(key, []).extend(values)
+                sums[name] = DeploymentMeasure(
+                    agents=before.agents + part.agents,
+                    backlog=before.backlog + part.backlog,
+                    gauges=gauges,
+                )
+        return MeasureReply(deployments=sums, cpu=self._load().cpu)
 
     async def _heartbeat(self, _data: bytes) -> WireModel:
         assert self._membership is not None

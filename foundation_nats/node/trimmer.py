@@ -4,6 +4,12 @@ Only managers trim (F12): the right to purge is all or nothing per stream. A
 consumed signal stays `trim_min_age_s` as evidence against late repeats (see
 `agent/outbox.py`), unless its mailbox fills up. What a crash leaves untrimmed
 is trimmed when the agent's cursor moves the next time.
+
+Numbers below a cursor are consumed only while the stream does not go back
+(`agent/rewind.py`). So at a disconnect, and when the stream turns out to be another, be led
+by another or end before a cursor, everything noted is forgotten; workers don't
+report a cursor before they have compared it with the stream, and what they report then
+waits its age again.
 """
 
 from __future__ import annotations
@@ -17,10 +23,10 @@ from typing import NamedTuple
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
-from foundation_nats.bus.streams import StreamReader
+from foundation_nats.bus.streams import StreamReader, identity
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import MailboxConfig
-from foundation_nats.errors import BusError
+from foundation_nats.errors import BusError, NotFoundError
 
 _MARKS_MAX = 64
 
@@ -75,6 +81,7 @@ class Trimmer:
         self._subjects = subjects
         self._config = config
         self._consumed: dict[str, Consumed] = {}
+        self._stream_is: tuple[str, str] | None = None
         self._log = get_logger("trimmer")
 
     def note(
@@ -84,8 +91,11 @@ class Trimmer:
         now = monotonic()
         for agent, (cursor, count) in consumed.items():
             entry = self._consumed.setdefault(agent, Consumed())
-            if entry.marks and entry.marks[-1].cursor >= cursor:
+            if entry.marks and entry.marks[-1].cursor == cursor:
                 continue
+            if entry.marks and entry.marks[-1].cursor > cursor:
+                # The mailbox went back, or a report came late: forget, which is never too early.
+                entry.marks.clear()
             if count < entry.trimmed:
                 # Another activation counts anew.
                 entry.trimmed = 0
@@ -100,20 +110,51 @@ class Trimmer:
         """The agent is hosted elsewhere now."""
         self._consumed.pop(agent, None)
 
+    def distrust(self) -> None:
+        """The stream may have gone back: what was noted of its numbers counts no more."""
+        for entry in self._consumed.values():
+            entry.marks.clear()
+
+    async def _is_trusted(self) -> bool:
+        """Whether the stream is still the one whose numbers were noted."""
+        try:
+            info = await self._signals.info()
+        except (BusError, NotFoundError) as error:
+            self._log.debug("trimming put off", error=str(error))
+            return False
+        before, now = self._stream_is, identity(info)
+        self._stream_is = now
+        last = int(info["state"]["last_seq"])
+        cursors = (entry.marks[-1].cursor for entry in self._consumed.values() if entry.marks)
+        if before not in (None, now) or max(cursors, default=0) > last:
+            self.distrust()
+            return False
+        return True
+
     async def run(self) -> None:
         """Trim, for ever."""
         while True:
             await asyncio.sleep(self._config.trim_every_s)
-            for agent, entry in list(self._consumed.items()):
-                mark = trim_to(
-                    entry,
-                    monotonic(),
-                    min_age_s=self._config.trim_min_age_s,
-                    batch=min(256, max(1, self._config.mailbox_max // 8)),
-                    pressure=max(1, self._config.mailbox_max // 2),
-                )
-                if mark is not None:
-                    await self._trim(agent, entry, mark)
+            due = self._due()
+            if due and await self._is_trusted():
+                for agent, entry, mark in due:
+                    if mark in entry.marks:
+                        await self._trim(agent, entry, mark)
+
+    def _due(self) -> list[tuple[str, Consumed, Mark]]:
+        """What is to be trimmed now."""
+        found = []
+        for agent, entry in self._consumed.items():
+            mark = trim_to(
+                entry,
+                monotonic(),
+                min_age_s=self._config.trim_min_age_s,
+                batch=min(256, max(1, self._config.mailbox_max // 8)),
+                pressure=max(1, self._config.mailbox_max // 2),
+            )
+            if mark is not None:
+                found.append((agent, entry, mark))
+        return found
 
     async def _trim(self, agent: str, entry: Consumed, mark: Mark) -> None:
         failpoint("trim.before")
@@ -122,6 +163,9 @@ class Trimmer:
             await self._signals.purge(self._subjects.mailbox(agent), below=mark.cursor + 1 + past)
         except BusError as error:
             self._log.debug("trimming put off", agent=agent, error=str(error))
+            return
+        except NotFoundError as error:
+            self._log.debug("nothing to trim", agent=agent, error=str(error))
             return
         failpoint("trim.after")
         entry.trimmed = mark.total

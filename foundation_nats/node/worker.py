@@ -31,6 +31,8 @@ from foundation_schemas import (
     AgentReport,
     InspectReply,
     Load,
+    MeasureReply,
+    MeasureRequest,
     Pong,
     StartRequest,
     StopRequest,
@@ -43,6 +45,7 @@ from foundation_schemas import (
 REPORT_EVERY_S = 0.5
 REPORT_IDLE_S = 2.0
 _LAG_TICK_S = 0.2
+_REVIEW_AGAIN_S = 0.2
 
 
 class WorkerOrders(BaseModel):
@@ -80,6 +83,7 @@ class Worker:
             fence_s=orders.config.liveness.fence_s,
             on_down=lambda: self._end("this node was declared down"),
             on_restored=self._restored,
+            on_review=self._on_review,
         )
         self._workload: Workload = factory(
             HostContext(
@@ -102,6 +106,7 @@ class Worker:
             "start": self._start,
             "stop": self._stop,
             "inspect": self._inspect,
+            "measure": self._measure,
             "validate": self._validate,
             "ping": self._ping,
         }
@@ -120,6 +125,20 @@ class Worker:
 
     def _restored(self) -> None:
         self._workload.resume()
+
+    def _on_review(self, lapse: int) -> None:
+        self._scope.start(self._review(lapse), "review")
+
+    async def _review(self, lapse: int) -> None:
+        """The right to answer had lapsed: end what others run by now, before it counts again."""
+        while self._validity.in_review(lapse):
+            try:
+                await self._workload.review()
+            except FoundationError as error:
+                self._log.info("records not readable yet: no right to answer", error=str(error))
+                await asyncio.sleep(_REVIEW_AGAIN_S)
+                continue
+            self._validity.confirm(lapse)
 
     # ---- control ----------------------------------------------------------------
 
@@ -148,6 +167,10 @@ class Worker:
                 "tasks": len(asyncio.all_tasks()),
             },
         )
+
+    async def _measure(self, data: bytes) -> WireModel:
+        request = rpc.decode(MeasureRequest, data)
+        return MeasureReply(deployments=self._workload.measure(frozenset(request.deployments)))
 
     async def _validate(self, data: bytes) -> WireModel:
         request = rpc.decode(ValidateRequest, data)

@@ -12,11 +12,15 @@ from foundation_schemas.agent import (
     Writer,
 )
 from foundation_schemas.base import WIRE_VERSION, WireModel, check_name, is_name
+from foundation_schemas.consensus import DomainEntry, DomainRecent, DomainSnapshot
 from foundation_schemas.control import (
     AgentReport,
     ClassInfo,
+    DeploymentMeasure,
     ErrorBody,
     InspectReply,
+    MeasureReply,
+    MeasureRequest,
     Pong,
     ProbeReply,
     ProbeRequest,
@@ -26,7 +30,13 @@ from foundation_schemas.control import (
     ValidateRequest,
     WorkerReport,
 )
-from foundation_schemas.coordination import LockRecord
+from foundation_schemas.coordination import (
+    CounterRecord,
+    ElectionRecord,
+    LockRecord,
+    PermitRecord,
+    SemaphoreRecord,
+)
 from foundation_schemas.deployment import (
     Autoscale,
     Deployment,
@@ -49,10 +59,16 @@ __all__ = [
     "Autoscale",
     "ClassInfo",
     "ClusterEvent",
+    "CounterRecord",
     "DeadLetter",
     "Deployment",
+    "DeploymentMeasure",
     "DeploymentStatus",
+    "DomainEntry",
+    "DomainRecent",
+    "DomainSnapshot",
     "Echo",
+    "ElectionRecord",
     "Envelope",
     "ErrorBody",
     "Heartbeat",
@@ -60,10 +76,13 @@ __all__ = [
     "LeaseRecord",
     "Load",
     "LockRecord",
+    "MeasureReply",
+    "MeasureRequest",
     "NodeRecord",
     "NodeStatus",
     "OnNodeLoss",
     "OutboxEntry",
+    "PermitRecord",
     "PlacementPolicy",
     "Pong",
     "ProbeReply",
@@ -72,6 +91,7 @@ __all__ = [
     "RecoveredFrom",
     "Revision",
     "RevisionOutcome",
+    "SemaphoreRecord",
     "StartRequest",
     "StateRecord",
     "StopRequest",

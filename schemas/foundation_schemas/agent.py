@@ -16,6 +16,7 @@ import orjson
 from pydantic import Field, field_validator
 
 from foundation_schemas.base import AgentId, Capability, NodeId, WireModel
+from foundation_schemas.label import parse_expression
 
 
 class AgentStatus(StrEnum):
@@ -39,6 +40,23 @@ class OnNodeLoss(StrEnum):
     STOP = "stop"
 
 
+class WhenUnsatisfiable(StrEnum):
+    """What becomes of a replica that has no place within the skew."""
+
+    PENDING = "pending"
+    ANYWAY = "anyway"
+
+
+class Spread(WireModel):
+    """How evenly replicas lie over the values of a label."""
+
+    label: str = Field(min_length=1)
+    max_skew: int = Field(default=1, ge=1)
+    """By how many the fullest value may exceed the emptiest that has a node which qualifies."""
+    when_unsatisfiable: WhenUnsatisfiable = WhenUnsatisfiable.PENDING
+    """`pending`: the skew is never exceeded; `anyway`: as even as can be, and placed."""
+
+
 class PlacementPolicy(WireModel):
     """Where an agent may and should run."""
 
@@ -48,9 +66,47 @@ class PlacementPolicy(WireModel):
     prefer: list[Capability] = Field(default_factory=list)
     """Capabilities that make a node better."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Labels the node must carry."""
-    spread: str | None = None
-    """A label (such as ``zone``) over whose values replicas are spread."""
+    """Labels the node must carry, with these very values."""
+    expressions: list[str] = Field(default_factory=list)
+    """What the node's labels must satisfy, all of it: see `foundation_schemas.label`."""
+    spread: str | Spread | None = None
+    """Over whose values replicas are spread; a plain name is the object with `anyway`."""
+    anti_affinity: bool | str = False
+    """True: at most one replica of the deployment per node; a label: per value of it."""
+    max_per_node: int | None = Field(default=None, ge=1)
+    """Replicas of the deployment on one node."""
+
+    @field_validator("expressions")
+    @classmethod
+    def _check_expressions(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parse_expression(text)
+        return value
+
+    @field_validator("spread", "anti_affinity")
+    @classmethod
+    def _check_label(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("the label's name is empty")
+        return value
+
+    @property
+    def spread_label(self) -> str | None:
+        """The label of `spread`."""
+        return self.spread.label if isinstance(self.spread, Spread) else self.spread
+
+    @property
+    def skew_max(self) -> int | None:
+        """The skew that is never exceeded; None: there is no such rule."""
+        spread = self.spread
+        if isinstance(spread, Spread) and spread.when_unsatisfiable is WhenUnsatisfiable.PENDING:
+            return spread.max_skew
+        return None
+
+
+_LATER: dict[str, Any] = {"expressions": [], "anti_affinity": False, "max_per_node": None}
+"""Keys of placement that 0.1 did not know: absent from the digest while they say nothing, so
+that an upgrade restarts no agent."""
 
 
 class AgentSpec(WireModel):
@@ -88,7 +144,12 @@ class AgentSpec(WireModel):
 
     def digest(self) -> str:
         """Twelve hex digits that change when the spec does."""
-        raw = orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
+        values = self.model_dump(mode="json")
+        placement = values["placement"]
+        for key, blank in _LATER.items():
+            if placement[key] == blank:
+                del placement[key]
+        raw = orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
         return hashlib.blake2b(raw, digest_size=6).hexdigest()
 
 
@@ -152,6 +213,8 @@ class StateRecord(WireModel):
     writer: Writer
     cursor: int
     """The mailbox sequence up to which signals have taken effect."""
+    mark: str = ""
+    """The latest of the times at which the server stored them; see `agent/rewind.py`."""
     run: str
     schema_version: int = 1
     state: dict[str, Any] | None

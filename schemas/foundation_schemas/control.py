@@ -113,3 +113,27 @@ class InspectReply(WireModel):
     agents: dict[str, int] = Field(default_factory=dict)
     """Agent id to epoch."""
     details: dict[str, Any] = Field(default_factory=dict)
+
+
+class MeasureRequest(WireModel):
+    """What do the agents of these deployments have to do?"""
+
+    deployments: list[str]
+
+
+class DeploymentMeasure(WireModel):
+    """The part of one deployment that a node or worker hosts."""
+
+    agents: int = 0
+    backlog: int = 0
+    """Signals taken in and not yet handled."""
+    gauges: dict[str, list[float]] = Field(default_factory=dict)
+    """What agents set by `ctx.gauge`: name to the value of each."""
+
+
+class MeasureReply(WireModel):
+    """What a node or worker hosts of the deployments that were asked for."""
+
+    deployments: dict[str, DeploymentMeasure] = Field(default_factory=dict)
+    cpu: float = 0.0
+    """Share of the machine in use, 0 to 1; of a node."""

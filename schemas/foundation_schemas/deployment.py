@@ -50,7 +50,7 @@ class UpdatePolicy(WireModel):
 class Autoscale(WireModel):
     """How many replicas there shall be, by what they have to do."""
 
-    min: int = Field(default=1, ge=0)
+    min: int = Field(default=1, ge=1)
     max: int = Field(ge=1, le=REPLICAS_MAX)
     backlog: float | None = Field(default=None, gt=0)
     """Unhandled signals per replica to aim at."""

@@ -53,6 +53,10 @@ class NodeRecord(WireModel):
     started_at: str = ""
     ended: bool = False
     """This life was declared over: it comes back under a higher incarnation or not at all."""
+    cordoned: bool = False
+    """It keeps the agents it has and gets no new ones."""
+    cordon_reason: str = ""
+    """Who or what wants it so, for people."""
 
 
 class Heartbeat(WireModel):

@@ -179,3 +179,27 @@ class Picky(Agent):
     async def version(self, signal: Signal) -> str:
         self.state.handled += 1
         return str(self.config.get("version"))
+
+
+class Work(BaseModel):
+    seconds: float
+
+
+class Gauge(BaseModel):
+    value: float
+
+
+class Slow(Agent):
+    """Takes its time, and says how much it has to do."""
+
+    class State(State):
+        done: int = 0
+
+    @on("slow.work")
+    async def work(self, signal: Signal[Work]) -> None:
+        await asyncio.sleep(signal.data.seconds)
+        self.state.done += 1
+
+    @on("slow.gauge")
+    async def gauge(self, signal: Signal[Gauge]) -> None:
+        self.ctx.gauge("jobs", signal.data.value)

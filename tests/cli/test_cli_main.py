@@ -91,8 +91,14 @@ _COMMANDS = [
     "dead show",
     "dead replay",
     "dead discard",
+    "consensus list",
+    "consensus show",
+    "consensus log",
+    "lease list",
     "doctor",
     "chaos",
+    "discovery resolve",
+    "discovery announce",
 ]
 
 
@@ -132,6 +138,7 @@ def test_every_command_has_help_with_an_example_and_the_shared_options() -> None
         (["send", "x", "a b"], "a b"),
         (["ask", "x", "t", "--timeout", "3q"], "3q"),
         (["agents", "--status", "runing"], "runing"),
+        (["lease", "list", "--kind", "locks"], "locks"),
         (["node", "start", "--label", "zone"], "zone"),
         (["node", "start", "--capacity", "slots=many"], "many"),
         (["up", "-s", "nats://127.0.0.1:1"], "node start"),

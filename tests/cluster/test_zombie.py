@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from functools import partial
+from uuid import uuid4
 
 import pytest
 
 from foundation_nats import FoundationError
+from foundation_nats.base.clock import monotonic
+from foundation_nats.bus import rpc
+from foundation_nats.bus.kv import Bucket
+from foundation_nats.bus.wire import Message
+from foundation_nats.errors import BusError
+from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.testing import TestCluster, eventually
 from foundation_nats.testing.links import Link
+from foundation_schemas import AgentRecord, AgentStatus, Echo, InspectReply, NodeStatus
 from tests.cluster import load as workload
 from tests.conftest import AGENTS
 
@@ -90,8 +100,6 @@ async def test_a_frozen_worker_is_killed_and_its_agents_recovered() -> None:
         cluster = nodes.client
         await cluster.agents.start("fleet:Counter", id="visits", critical=True)
         await cluster.send("visits", "counter.add", {"amount": 2})
-        import signal
-
         (worker,) = nodes.nodes["n1"].workers()
         worker.send_signal(signal.SIGSTOP)
         await cluster.send("visits", "counter.add", {"amount": 3})
@@ -137,3 +145,128 @@ async def test_a_node_cut_off_in_silence_is_replaced_and_comes_back() -> None:
             await workload.verdict(nodes, history)
             await workload.everyone_runs_once(nodes)
             nodes.nodes["far"].kill_all()
+
+
+async def test_a_right_that_lapsed_comes_back_only_for_what_the_registry_still_gives() -> None:
+    """A leader that returns confirms a node whose agent was given away meanwhile.
+
+    The manager stands still, so that nobody but the worker itself can end the old
+    activation; without the look at the records it would answer again at once.
+    """
+    settings = {
+        "liveness": {"suspect_after_s": 1.0, "down_after_s": 60.0, "fence_after_s": 1.5},
+    }
+    async with TestCluster(nodes=2, workers=1, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        leader = await nodes.leader()
+        victim = next(node for node in nodes.nodes.values() if node is not leader)
+        for number in range(6):
+            await cluster.agents.start("fleet:Counter", id=f"visits-{number}")
+            await cluster.send(f"visits-{number}", "counter.add", {"amount": 1})
+        held = sorted(info.id for info in await cluster.agents.list(node=victim.name))
+        assert len(held) >= 2, "void: the victim hosts too little"
+        moved, kept = held[:2]
+        subjects = cluster.subjects
+        inspect = subjects.control_worker(f"{victim.name}-w0", "inspect")
+
+        async def held_by_worker() -> InspectReply:
+            return await rpc.call(cluster.bus, inspect, None, InspectReply, timeout=5)
+
+        async def answers(agent: str) -> int | None:
+            try:
+                return int(await cluster.ask(agent, "counter.get", timeout=0.5))
+            except FoundationError:
+                return None
+
+        async def count_answers(agent: str) -> int:
+            """How many processes answer one question."""
+            found = 0
+
+            def on_reply(reply: Message | BusError) -> None:
+                nonlocal found
+                found += isinstance(reply, Message) and b'"error"' not in reply.data
+
+            question = encode_envelope(
+                id=uuid4().hex,
+                source="test",
+                type="counter.get",
+                target=f"agent:{agent}",
+                data=None,
+            )
+            token = cluster.bus.request_nowait(subjects.ask(agent), question, on_reply, many=True)
+            await asyncio.sleep(0.2)  # all that answer within
+            cluster.bus.forget(token)
+            return found
+
+        async def lapsed() -> bool:
+            return await answers(moved) is None
+
+        async def is_one(agent: str) -> bool:
+            return await answers(agent) == 1
+
+        for agent in held:
+            await eventually(partial(is_one, agent), message="it has its signal")
+        victim.process.send_signal(signal.SIGSTOP)
+        try:
+            await eventually(lapsed, message="the right has lapsed, after 1.5 s")
+            # As a leader does that gave the node up.
+            bucket = Bucket(cluster.bus, subjects, "agents")
+            entry = await bucket.read(moved)
+            assert entry is not None
+            assert entry.value is not None
+            record = rpc.decode(AgentRecord, entry.value)
+            incarnation = (await cluster.nodes.get(leader.name)).incarnation
+            await bucket.replace(
+                moved,
+                rpc.encode(
+                    record.model_copy(
+                        update={
+                            "status": AgentStatus.STARTING,
+                            "node": leader.name,
+                            "incarnation": incarnation,
+                            "epoch": record.epoch + 1,
+                        }
+                    )
+                ),
+                expected=entry.revision,
+            )
+            await eventually(lambda: is_one(moved), message="its successor answers")
+            # As a leader does that returns and does not know.
+            victim_incarnation = (await cluster.nodes.get(victim.name)).incarnation
+
+            def confirm() -> None:
+                echo = Echo(
+                    node=victim.name,
+                    incarnation=victim_incarnation,
+                    beat=1,
+                    sent_at=monotonic(),
+                    verdict=NodeStatus.UP,
+                    leader="returned",
+                    term=1,
+                )
+                cluster.bus.publish(subjects.echo(victim.name), rpc.encode(echo))
+
+            confirm()
+
+            async def answers_again() -> bool:
+                confirm()
+                return await is_one(kept)
+
+            await eventually(answers_again, message="what is still its own it answers for")
+            for _ in range(5):
+                confirm()
+                assert await count_answers(moved) == 1
+            inspected = await held_by_worker()
+            assert moved not in inspected.agents
+            assert kept in inspected.agents
+        finally:
+            victim.process.send_signal(signal.SIGCONT)
+
+        async def settled() -> bool:
+            infos = {info.id: info for info in await cluster.agents.list()}
+            return all(info.status == "running" for info in infos.values()) and (
+                infos[moved].node == leader.name and infos[kept].node == victim.name
+            )
+
+        await eventually(settled, timeout=20, message="all run, where the records say")
+        assert (await cluster.agents.get(moved)).epoch == record.epoch + 1

@@ -1,4 +1,4 @@
-"""Print what a power cut costs per durability mode, as JSON: ``python -m tests.durability``."""
+"""Print what faults cost per durability mode, as JSON: ``python -m tests.durability``."""
 
 from __future__ import annotations
 

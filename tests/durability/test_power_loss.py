@@ -1,4 +1,4 @@
-"""A power cut costs what the mode of durability says, and leaves nothing that contradicts itself."""
+"""A fault costs what the mode of durability says, and leaves nothing that contradicts itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from foundation_nats.testing.disks import MortalDisk, SlowDisk, SmallDisk, can_mount, can_throttle
-from tests.durability.losses import MODES, Loss, Mode, Outcome, measure
+from tests.durability.losses import MODES, Fault, Loss, Mode, Outcome, faults_of, measure
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,6 +27,10 @@ def within_the_promise(mode: Mode, loss: Loss) -> None:
     """Raise AssertionError if more is gone than the mode allows."""
     assert loss.acknowledged > 100, f"void: {loss}"
     assert loss.holes == 0, loss
+    if loss.fault in (Fault.KILL, Fault.ONE):
+        assert loss.outcome is Outcome.USABLE, loss
+        assert loss.lost == 0, loss
+        return
     match mode.sync_interval:
         case "always":
             assert loss.outcome is Outcome.USABLE, loss
@@ -48,12 +52,24 @@ async def test_a_power_cut_loses_little_of_what_the_embedded_default_acknowledge
     within_the_promise(mode, await measure(mode, load_s=1.5))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-async def test_every_mode_keeps_its_promise(mode: Mode, request: pytest.FixtureRequest) -> None:
-    """All modes; R3 loses the power of all three servers at once. 2m promises nothing."""
+async def test_a_killed_server_loses_nothing_that_was_acknowledged() -> None:
+    """One server under the weakest mode: the kernel has what the process had written."""
+    mode = Mode(1, "2m")
+    within_the_promise(mode, await measure(mode, Fault.KILL, load_s=1.0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault"),
+    [(mode, fault) for mode in MODES for fault in faults_of(mode)],
+    ids=lambda value: value.name if isinstance(value, Mode) else str(value),
+)
+async def test_every_mode_keeps_its_promise(
+    mode: Mode, fault: Fault, request: pytest.FixtureRequest
+) -> None:
+    """All modes and faults. 2m promises nothing when all the power goes."""
     if not request.config.getoption("--chaos"):
         pytest.skip("needs --chaos")
-    loss = await measure(mode)
+    loss = await measure(mode, fault)
     print(loss)
     within_the_promise(mode, loss)
 

@@ -41,6 +41,25 @@ async def test_nothing_listening_is_a_clear_error_without_the_password() -> None
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ('user: "u", password: "p"', {"user": "u", "password": "p"}),
+        ('token: "t"', {"token": "t"}),
+    ],
+)
+async def test_the_credentials_of_the_settings_are_used(
+    settings: str, given: dict[str, str]
+) -> None:
+    """With them the server lets us in, without them it doesn't."""
+    async with TestServer(EmbeddedConfig(extra=f"authorization {{ {settings} }}")) as server:
+        bus = await Bus.connect(BusConfig(servers=(server.url,), **given), "test")  # type: ignore[arg-type]
+        await bus.flush()
+        await bus.close()
+        with pytest.raises(PermissionDeniedError):
+            await Bus.connect(BusConfig(servers=(server.url,), connect_timeout_s=1), "test")
+
+
 async def test_a_request_to_nobody_fails_at_once(bus: Bus) -> None:
     """No responders is an answer, not a time-out."""
     with pytest.raises(NoRespondersError):

@@ -10,8 +10,8 @@ this. Change both together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ from foundation_nats.cluster.liveness import (
     BusDisturbed,
     Confirm,
     Confirmed,
+    Deaf,
     Forgot,
     Heard,
     Left,
@@ -44,6 +45,8 @@ from foundation_nats.consensus.candidate import (
     AcquireResult,
     BecameLeader,
     Candidate,
+    Doubt,
+    HolderBack,
     HolderGone,
     LeaseSeen,
     LeaseVacant,
@@ -85,6 +88,8 @@ _TICK_S = 0.25
 _LAG_MIN_S = 0.05
 _LAG_MEMORY_S = 5.0
 _RECORD_TTL_S = 60.0
+_SEALED_TTL_S = 3600.0
+_DEAF_BEATS = 2.5
 _RECORD_EVERY_S = 20.0
 _STALL_S = 1.0
 _RETRY_S = 0.2
@@ -197,16 +202,13 @@ class Node:
         self.pumps: set[str] = set()
         # membership
         self.incarnation = 0
-        self._detector = LivenessDetector(
-            suspect_after_s=LIVENESS.suspect_after_s,
-            down_after_s=LIVENESS.down_after_s,
-            bus_grace_s=LIVENESS.bus_grace_s,
-            storm_fraction=LIVENESS.storm_fraction,
-            storm_hold_s=STORM_HOLD_S,
-        )
+        self._detector = _new_detector()
         self._records: dict[str, NodeRecord] = {}
         self._heard: dict[str, Beat | None] = {}
         self._down: dict[str, int] = {}
+        self._sealed: dict[str, int] = {}
+        self._opinions: dict[str, int] = {}
+        self._died_leading: str | None = None
         self._views: dict[str, NodeView] = {}
         self._own_record: NodeRecord | None = None
         self._own_revision = 0
@@ -224,22 +226,16 @@ class Node:
         self._disturbed_at: float | None = None
         self._lagged_at: float | None = None
         self._own_heard_at = 0.0
-        self._bus_changed_at = float("-inf")
-        self._ghosts: dict[str, float] = {}
-        """When a life that is over here was heard all the same."""
-        self._elected_at = 0.0
         self._next_beat = self._next_probe = self._expected = 0.0
         # validity
         self._line = _Line()
         self._validity: Validity | None = None
         self._rejoining = False
-        self.is_checked = False
-        """Whether the records were read since the right to answer came back."""
-        self._restores = 0
         # registry and wishes
         self._held: dict[str, Held] = {}
         self._gone: dict[str, int] = {}
         self._wishes: dict[str, Deployment] = {}
+        self._wish_revisions: dict[str, int] = {}
         # election
         self.candidate = self._new_candidate()
         self._lease: tuple[LeaseRecord | None, int] | None = None
@@ -266,14 +262,18 @@ class Node:
         self._reports: dict[str, AgentReport] = {}
         self._touched: set[str] = set()
         self._lost: set[str] = set()
+        self._refused: dict[str, tuple[str, AgentRecord, int]] = {}
+        self._unstopped: dict[str, int] = {}
+        self._orders: list[tuple[dict[str, int], list[AgentRecord], int]] = []
+        self._is_ordering = False
         self._host_wake = Wake()
+        self._host_write = Wake()
         self.is_open = False
         self._worker_ready = False
         self._worker_life = 0
         self._worker_incarnation = 0
         self._activations: dict[str, Activation] = {}
         self._claiming: dict[str, int] = {}
-        self._not_to_begin: dict[str, int] = {}
         self._supervisor = Supervisor(max_restarts=5, window_s=30.0)
 
     # ---- small things -----------------------------------------------------------------
@@ -349,6 +349,10 @@ class Node:
             await self._sleep(0.5)
         self._is_member = True
         self._see_self()
+        self._next_beat = self._next_probe = self._expected = self._own_heard_at = self.now
+        self.opened_at = self.world.now
+        self._send_heartbeat()
+        self._tick()
         self._listen()
         while True:
             snapshot = await self._ask(self._snapshot)
@@ -364,9 +368,7 @@ class Node:
         return {name: (buckets[name].last, buckets[name].since(0)) for name in _BUCKETS}
 
     def _open(self, snapshot: dict[str, tuple[int, list[Entry]]]) -> None:
-        now = self.now
-        self._next_beat = self._next_probe = self._expected = self._own_heard_at = now
-        self._supervisor.step(Started("worker"), now)
+        self._supervisor.step(Started("worker"), self.now)
         self.world.timer(self, self.rng.uniform(0.1, 0.4), self._on_worker_ready, self._worker_life)
         for entry in snapshot["nodes"][1]:
             self._on_node_entry(entry)
@@ -374,13 +376,11 @@ class Node:
             self._on_agent_entry(entry)
         for entry in snapshot["desired"][1]:
             self._on_wish(entry)
-        self._send_heartbeat()
-        self._tick()
         self._go(self._keep_record())
         self.is_open = True
-        self.opened_at = self.world.now
         self._touch_mine()
         self._go(self._host_loop())
+        self._go(self._host_writes())
         self.candidate = self._new_candidate()
         for entry in snapshot["leases"][1]:
             self._see_lease(entry.value, entry.revision)
@@ -400,7 +400,9 @@ class Node:
             node=self.name,
             incarnation=self.incarnation,
             fence_s=fence,
-            on_down=self._declared_down,
+            on_down=self._echoed_down,
+            on_restored=self._restored,
+            on_review=self._on_review,
         )
 
     def remaining_s(self) -> float:
@@ -413,7 +415,7 @@ class Node:
         return left
 
     def _is_valid(self) -> bool:
-        return self.is_checked and self._validity is not None and self._validity.is_valid()
+        return self._validity is not None and self._validity.is_valid()
 
     def disconnected(self) -> None:
         """The client notices that its connection is gone."""
@@ -447,7 +449,13 @@ class Node:
         self._see_self()
         self._send_heartbeat()
         self._notify()
-        self._worker_stop({agent: item.epoch for agent, item in self._placed.items()}, "drained")
+        for agent, placed in self._placed.items():
+            if not self._worker_ready:
+                self._reports[agent] = AgentReport(
+                    id=agent, epoch=placed.epoch, status=AgentStatus.STOPPED, reason="drained"
+                )
+        self._order({agent: placed.epoch for agent, placed in self._placed.items()}, [])
+        self._host_wake.set()
         deadline = self.now + _DRAIN_TIMEOUT_S
         while (self._placed or self._reports) and self.now < deadline:
             await self._sleep(0.1)
@@ -503,23 +511,93 @@ class Node:
             return
         if entry is None or entry.value is None:
             await self._write_own(self.incarnation, 0 if entry is None else entry.revision)
+        elif entry.value.ended:
+            self._ended(entry.value.incarnation)
         elif entry.value.incarnation in self._own_incarnations:
             await self._write_own(self.incarnation, entry.revision)
         else:
             self.die()
 
-    def _declared_down(self) -> None:
+    async def _seal(self, node: str, incarnation: int) -> bool:
+        """Write down that this life is over; False: it is not known to be written."""
+        while self._sealed.get(node, -1) < incarnation:
+            entry = await self._read("nodes", node)
+            if isinstance(entry, Failure):
+                return False
+            record = NodeRecord(name=node, incarnation=incarnation)
+            if entry is not None and entry.value is not None:
+                record = entry.value
+            if record.incarnation < incarnation:
+                record = record.model_copy(update={"incarnation": incarnation})
+            if record.incarnation == incarnation and not record.ended:
+                result = await self._write(
+                    "nodes",
+                    node,
+                    record.model_copy(update={"ended": True}),
+                    0 if entry is None else entry.revision,
+                    _SEALED_TTL_S,
+                )
+                if result is Failure.STALE:
+                    continue
+                if isinstance(result, Failure):
+                    return False
+                self.world.say(f"{self.name} seals {node}/{incarnation}")
+            self._sealed[node] = incarnation
+        self._opinions.pop(node, None)
+        return True
+
+    def _take_back(self, node: str, incarnation: int) -> None:
+        """Judge this life anew, if nothing but our own verdict says that it is over."""
+        if self._opinions.get(node) != incarnation or Bug.TRUSTS_OLD_VERDICTS in self.world.missing:
+            return
+        del self._opinions[node]
+        if self._detector.incarnation(node) not in (None, incarnation):
+            return
+        self.world.say(f"{self.name} takes its verdict on {node}/{incarnation} back")
+        self._down[node] = incarnation - 1
+        self._step(Forgot(node))
+        self._heard.pop(node, None)
+        if self._died_leading == node:
+            self._died_leading = None
+        if node in self._records:
+            self._step(Heard(node, incarnation))
+            self._show(node)
+        else:
+            self._views.pop(node, None)
+        self._notify()
+
+    def _take_back_all(self, *, but: str | None = None) -> None:
+        for node, incarnation in list(self._opinions.items()):
+            if node != but:
+                self._take_back(node, incarnation)
+
+    def _note_gap(self) -> None:
+        self._lagged_at = self.now
+        self._take_back_all()
+
+    def _ended(self, incarnation: int) -> None:
+        """Somebody has written down that our life *incarnation* is over."""
+        if incarnation == self.incarnation and not self._is_over:
+            self._declared_down()
+
+    def _echoed_down(self) -> None:
         if Bug.RETURNS_AS_BEFORE in self.world.missing:
             return
         # The worker hears the same echo, and ends.
         for activation in list(self._activations.values()):
             self._forget(activation)
-        if not self._rejoining:
+        self._declared_down()
+
+    def _declared_down(self) -> None:
+        if not self._rejoining and Bug.RETURNS_AS_BEFORE not in self.world.missing:
             self._rejoining = True
             self.world.say(f"{self.name} learns that it was declared down")
             self._go(self._rejoin())
 
     async def _rejoin(self) -> None:
+        if Bug.LEADS_WHEN_OVER not in self.world.missing:
+            self._end(self.name, self.incarnation)
+            self._notify()
         while True:
             incarnation = max(self.incarnation + 1, 1 + int(self.world.now * 1000))
             written = await self._write_own(incarnation, self._own_revision)
@@ -539,6 +617,7 @@ class Node:
             if written:
                 break
             await self._sleep(0.5)
+        self._forget_verdicts()
         self._send_heartbeat()
         self._listen()
         self._end_worker()
@@ -546,9 +625,22 @@ class Node:
         for agent in list(self._placed):
             self._unplace(agent)
         self._reports.clear()
+        self._refused.clear()
         self._lost.clear()
         self._touch_mine()
         self._rejoining = False
+
+    def _forget_verdicts(self) -> None:
+        """Judge everybody anew, but for those whose end is sealed."""
+        self._detector = _new_detector()
+        self._died_leading = None
+        self._opinions.clear()
+        self._down = {self.name: self.incarnation - 1, **self._sealed}
+        for name, record in list(self._records.items()):
+            if not self._is_down(name, record.incarnation):
+                self._step(Heard(name, record.incarnation))
+            self._show(name)
+        self._notify()
 
     # ---- membership -------------------------------------------------------------------
 
@@ -567,23 +659,24 @@ class Node:
         if self._is_over:
             return
         name = beat.node
+        self._note_deafness(self.now)
         if name == self.name:
             if beat.incarnation == self.incarnation:
+                self._own_heard_at = self.now
                 self._see_self()
-            self._note_unheard()
-            self._own_heard_at = self.now
             self._echo(beat)
             return
         if beat.left:
+            self._opinions.pop(name, None)
             self._end(name, beat.incarnation)
             self._step(Left(name, beat.incarnation))
             self._heard.pop(name, None)
             self._show(name)
             self._notify()
             return
-        if self._is_down(name, beat.incarnation):
-            self._ghosts[name] = self.now
-        else:
+        if self._term is None:
+            self._take_back(name, beat.incarnation)
+        if not self._is_down(name, beat.incarnation):
             before = self._heard.get(name)
             is_first = before is None or before.incarnation != beat.incarnation
             self._heard[name] = beat
@@ -599,25 +692,12 @@ class Node:
         renewed_at = self.candidate.renewed_at
         if self.now - renewed_at >= self._echo_for_s:
             return False
-        return self._lagged_at is None or renewed_at > self._lagged_at
-
-    def _haunts(self, name: str) -> bool:
-        """Whether a life of *name* that is over here was heard so lately that it may answer."""
-        if Bug.TRUSTS_OLD_VERDICTS in self.world.missing:
-            return False
-        if self.now - self._bus_changed_at < LIVENESS.suspect_after_s:
-            return True  # it may have come back while we heard nobody
-        return self.now - self._ghosts.get(name, float("-inf")) < LIVENESS.fence_s
-
-    def _note_unheard(self) -> None:
-        """Our own heartbeats have not come back for a while: others may not have heard them either."""
-        if Bug.ECHOES_UNHEARD in self.world.missing:
-            return
-        if self.now - self._own_heard_at >= LIVENESS.suspect_after_s:
-            self._lagged_at = self.now
+        if self._lagged_at is None or renewed_at > self._lagged_at:
+            return True
+        self._lease_step(Doubt())
+        return False
 
     def _echo(self, beat: Beat) -> None:
-        self._note_unheard()
         if self._term is None or not self._may_echo():
             return
         over = self._is_down(beat.node, beat.incarnation)
@@ -637,31 +717,44 @@ class Node:
     def on_echo(self, data: bytes) -> None:
         """An echo arrives."""
         if self._line.on_message is not None:
-            was_valid = self.remaining_s() > 0
             self._line.on_message(Message("", "", data, None))
-            if not was_valid and self.remaining_s() > 0:
-                self._restores += 1
-                self.is_checked = False
-                self._go(self._restore(self._restores))
 
-    async def _restore(self, number: int) -> None:
-        """A right that had lapsed counts again once the records are seen to name us still."""
-        if Bug.RESTORES_UNREAD not in self.world.missing:
-            while True:
-                found = await self._ask(lambda: dict(self.world.buckets["agents"].entries))
-                if number != self._restores:
-                    return
-                if not isinstance(found, Failure):
-                    break
-                await self._sleep(_RETRY_S)
-            for agent, activation in list(self._activations.items()):
-                entry = found.get(agent)
-                record = None if entry is None else entry.value
-                if record is None or (record.node, record.epoch) != (self.name, activation.epoch):
-                    self._fail(activation)
-        self.is_checked = True
+    def _restored(self) -> None:
         self.world.check_answers(self)
         self._resume()
+
+    def _on_review(self, lapse: int) -> None:
+        assert self._validity is not None
+        self._go(self._review(self._validity, lapse))
+
+    async def _review(self, validity: Validity, lapse: int) -> None:
+        while validity.in_review(lapse):
+            if Bug.RESTORES_UNREAD not in self.world.missing and not await self._review_records():
+                await self._sleep(_RETRY_S)
+                continue
+            validity.confirm(lapse)
+
+    async def _review_records(self) -> bool:
+        """End what others were given meanwhile; False: the records could not be read."""
+        held = list(self._activations.values())
+        claiming = {agent: epoch for agent, epoch in self._claiming.items() if epoch}
+        if not held and not claiming:
+            return True
+        found = await self._ask(lambda: dict(self.world.buckets["agents"].entries))
+        if isinstance(found, Failure):
+            return False
+        mine = {
+            agent: entry.value.epoch
+            for agent, entry in found.items()
+            if entry.value is not None and entry.value.node == self.name
+        }
+        for activation in held:
+            if not activation.is_ended and mine.get(activation.agent) != activation.epoch:
+                self._fail(activation)
+        for agent, epoch in claiming.items():
+            if mine.get(agent) != epoch and self._claiming.get(agent) == epoch:
+                self._claiming[agent] = 0
+        return True
 
     def on_entries(self, bucket: str, entries: list[Entry]) -> None:
         """A watch delivers."""
@@ -690,7 +783,16 @@ class Node:
         if name == self.name and self._is_member:
             if record.incarnation not in self._own_incarnations:
                 self.die()
+            elif record.ended:
+                self._ended(record.incarnation)
             return
+        if record.ended:
+            self._sealed[name] = max(record.incarnation, self._sealed.get(name, -1))
+            self._opinions.pop(name, None)
+            if not self._is_down(name, record.incarnation):
+                self._end(name, record.incarnation)
+                self._step(Left(name, record.incarnation))
+                self._heard.pop(name, None)
         before = self._records.get(name)
         self._records[name] = record
         is_new = before is None or before.incarnation != record.incarnation
@@ -717,9 +819,7 @@ class Node:
 
     def _on_bus_change(self) -> None:
         if Bug.ECHOES_AFTER_A_DROP not in self.world.missing:
-            # Others may have replaced us meanwhile: only a renewal proves otherwise.
-            self._lagged_at = self.now
-        self._bus_changed_at = self.now
+            self._note_gap()
         self.disturb()
 
     def disturb(self) -> None:
@@ -737,6 +837,10 @@ class Node:
                     if new is Verdict.DOWN:
                         if cause != "left":
                             self.world.check_verdict(self, node, incarnation, cause)
+                            if not self._is_down(node, incarnation):
+                                self._opinions[node] = incarnation
+                            if self._term is None and node == self._holder:
+                                self._died_leading = node
                         self._end(node, incarnation)
                     elif old is None:
                         self._end(node, incarnation - 1)
@@ -854,17 +958,13 @@ class Node:
             return
         now = self.now
         self._note_lag(now - self._expected, now)
-        unheard = now - self._own_heard_at
-        if unheard >= LIVENESS.suspect_after_s and Bug.JUDGES_UNHEARD not in self.world.missing:
-            # Our own heartbeats don't come back: it is we who are cut off.
-            self.disturb()
+        self._note_deafness(now)
         if now >= self._next_beat:
             self._send_heartbeat()
             self._next_beat = now + LIVENESS.heartbeat_interval_s * self.rng.uniform(0.9, 1.1)
         if now >= self._next_probe:
             self._probe_all()
             self._next_probe = now + LIVENESS.probe_interval_s
-        self._check_holder()
         due = self._detector.deadline()
         if due is not None and now >= due:
             self._step(LivenessTick())
@@ -874,9 +974,18 @@ class Node:
         self._expected = now + _TICK_S
         self.world.timer(self, _TICK_S, self._tick)
 
+    def _note_deafness(self, now: float) -> None:
+        if not self._is_member:
+            return
+        if now - self._own_heard_at > LIVENESS.heartbeat_interval_s * _DEAF_BEATS:
+            if Bug.ECHOES_UNHEARD not in self.world.missing:
+                self._note_gap()
+            if Bug.JUDGES_UNHEARD not in self.world.missing:
+                self._step(Deaf())
+
     def _note_lag(self, lag: float, now: float) -> None:
         if lag >= LIVENESS.suspect_after_s:
-            self._lagged_at = now
+            self._note_gap()
             for name, (incarnation, verdict) in self._detector.snapshot().items():
                 if verdict is Verdict.UP:
                     self._step(Heard(name, incarnation))
@@ -902,23 +1011,31 @@ class Node:
     def _see_lease(self, record: LeaseRecord | None, revision: int) -> None:
         if self._lease is not None and 0 < revision < self._lease[1]:
             return
+        is_new = self._lease is None or revision > self._lease[1]
         self._lease = (record, revision)
         self._holder = None if record is None else record.holder
+        if record is not None and is_new and self._term is None and record.holder != self.name:
+            self._died_leading = None
+            self._take_back(record.holder, record.incarnation)
+            if (
+                not self._is_down(record.holder, record.incarnation)
+                and Bug.RENEWS_UNSEEN not in self.world.missing
+            ):
+                self._step(Heard(record.holder, record.incarnation))
         if record is None:
             self.candidate.term = max(self.candidate.term, revision)
             self._lease_step(LeaseVacant(revision))
         else:
-            self._lease_step(LeaseSeen(record.holder, record.incarnation, record.term, revision))
             self._check_holder()
+            self._lease_step(LeaseSeen(record.holder, record.incarnation, record.term, revision))
 
     def _check_holder(self) -> None:
         record = None if self._lease is None else self._lease[0]
-        if (
-            record is not None
-            and self._is_down(record.holder, record.incarnation)
-            and not self._haunts(record.holder)
-        ):
-            self._lease_step(HolderGone(record.holder, record.incarnation))
+        if record is None:
+            return
+        gone = self._is_down(record.holder, record.incarnation)
+        what = HolderGone if gone else HolderBack
+        self._lease_step(what(record.holder, record.incarnation))
 
     def _election_on_members(self) -> None:
         if self._election_closed or not self.is_open:
@@ -928,6 +1045,8 @@ class Node:
             self.candidate = self._new_candidate()
             if self._lease is not None:
                 self._see_lease(*self._lease)
+        elif self._is_down(self.name, self.incarnation):
+            self._lease_step(Resign())
         self._check_holder()
 
     def _lease_step(self, event: LeaseEvent) -> None:
@@ -972,11 +1091,14 @@ class Node:
                 self.world.say(f"{self.name} leads in term {term}")
                 self.world.became_leader(self, term)
                 self._term = term
-                self._lead(term)
+                self._take_back_all(but=self._died_leading)
+                self._died_leading = None
                 self._send_heartbeat()
+                self._lead(term)
             case LostLeadership(_, reason):
                 self.world.say(f"{self.name} does not lead any more: {reason}")
                 self._term = None
+                self._died_leading = None
                 self._lead(None)
 
     def _lease_record(self, candidate: Candidate, term: int) -> LeaseRecord:
@@ -1060,6 +1182,9 @@ class Node:
         self._reconciler_on_record(agent, held)
 
     def _on_wish(self, entry: Entry) -> None:
+        if entry.revision <= self._wish_revisions.get(entry.key, 0):
+            return
+        self._wish_revisions[entry.key] = entry.revision
         if entry.value is None:
             self._wishes.pop(entry.key, None)
         else:
@@ -1080,7 +1205,6 @@ class Node:
         self._is_ready = False
         self._missing_since.clear()
         if term is not None:
-            self._elected_at = self.now
             self._wake_reconciler(urgent=True)
 
     def _wake_reconciler(self, *, urgent: bool = False) -> None:
@@ -1216,12 +1340,14 @@ class Node:
         wait = CONTROL.resync_every_s
         if soonest is not None:
             wait = min(wait, soonest)
+        if found.commands and not await self._seal_losers(found.commands, nodes):
+            return _RETRY_S
         if found.commands and self._lead_term == term:
             results = await all_of(
                 [
                     self._change(
                         command.agent,
-                        self._tampered(command),
+                        self._tampered(command, nodes),
                         command.expected or self._gone.get(command.agent, 0),
                     )
                     for command in found.commands
@@ -1235,8 +1361,45 @@ class Node:
             wait = 0.0
         return wait if found.next_wake_s is None else min(wait, max(0.01, found.next_wake_s))
 
-    def _tampered(self, command: Command) -> AgentRecord | None:
+    async def _seal_losers(
+        self, commands: Sequence[Command], nodes: Mapping[str, NodeView]
+    ) -> bool:
+        losers = {
+            (record.node, record.incarnation)
+            for command in commands
+            if (held := self._held.get(command.agent)) is not None
+            and (record := held.record).node is not None
+        }
+        for node, incarnation in sorted(losers, key=str):
+            assert node is not None
+            view = nodes.get(node)
+            if (
+                view is not None
+                and view.status is NodeStatus.DOWN
+                and view.record.incarnation == incarnation
+                and not await self._seal(node, incarnation)
+            ):
+                return False
+        return True
+
+    def _tampered(self, command: Command, nodes: Mapping[str, NodeView]) -> AgentRecord | None:
         record = command.record
+        if (
+            Bug.LATE_MOVES in self.world.missing
+            and record is not None
+            and record.desired == "stop"
+            and record.recovered_from is not None
+            and record.recovered_from.reason == "late"
+        ):
+            name = self.rng.choice([name for name, view in nodes.items() if view.is_alive])
+            return record.model_copy(
+                update={
+                    "desired": "run",
+                    "node": name,
+                    "incarnation": nodes[name].incarnation,
+                    "epoch": record.epoch + 1,
+                }
+            )
         if Bug.KEEPS_EPOCH in self.world.missing and record is not None:
             before = getattr(command, "before", None)
             if before is not None and before.epoch:
@@ -1246,11 +1409,6 @@ class Node:
     def _nodes(self, now: float) -> tuple[dict[str, NodeView], float | None]:
         nodes = dict(self._views)
         soonest: float | None = None
-        if now - self._elected_at < 2 * LIVENESS.fence_s:
-            for haunted, view in self._views.items():
-                if not view.is_alive and self._haunts(haunted):
-                    # It hears from our echo that it is over, but perhaps not yet.
-                    nodes[haunted] = replace(view, status=NodeStatus.SUSPECT)
         incarnations: dict[str, int] = {}
         for held in self._held.values():
             home = held.record.node
@@ -1289,9 +1447,28 @@ class Node:
             await self._host_wake.wait()
             await self._sleep(0.001)
             self._host_wake.is_set = False
+            self._take_in()
+            self._match()
+            if self._lost or self._reports or self._refused:
+                self._host_write.set()
+
+    async def _host_writes(self) -> None:
+        while True:
+            await self._host_write.wait()
+            self._host_write.is_set = False
             await self._reclaim_lost()
             await self._write_reports()
-            await self._match()
+            await self._write_refusals()
+
+    def _take_in(self) -> None:
+        for agent, report in self._reports.items():
+            placed = self._placed.get(agent)
+            if (
+                report.status is not AgentStatus.RUNNING
+                and placed is not None
+                and placed.epoch == report.epoch
+            ):
+                self._unplace(agent)
 
     async def _reclaim_lost(self) -> None:
         changes: list[tuple[str, AgentRecord, int]] = []
@@ -1307,6 +1484,7 @@ class Node:
                 self._lost.discard(agent)
                 self._unplace(agent)
                 self._touched.add(agent)
+                self._host_wake.set()
                 continue
             record = held.record.model_copy(
                 update={
@@ -1326,22 +1504,27 @@ class Node:
                 self._host_again()
             else:
                 self._lost.discard(agent)
+                self._touched.add(agent)
+                self._host_wake.set()
+
+    async def _write_refusals(self) -> None:
+        refused, self._refused = self._refused, {}
+        results = await all_of([self._change(*change) for change in refused.values()])
+        for agent, result in zip(refused, results, strict=True):
+            if isinstance(result, Failure):
+                self._touched.add(agent)
+                self._host_again()
 
     async def _write_reports(self) -> None:
         changes: list[tuple[str, AgentRecord, int]] = []
         reports: list[AgentReport] = []
         for agent, report in list(self._reports.items()):
-            held, placed = self._held.get(agent), self._placed.get(agent)
-            if (
-                report.status is not AgentStatus.RUNNING
-                and placed is not None
-                and placed.epoch == report.epoch
-            ):
-                self._unplace(agent)
+            held = self._held.get(agent)
             record = None if held is None else self._after(held.record, report)
             if held is None or record is None:
                 del self._reports[agent]
                 self._touched.add(agent)
+                self._host_wake.set()
                 continue
             changes.append((agent, record, held.revision))
             reports.append(report)
@@ -1391,11 +1574,10 @@ class Node:
                 }
         return record.model_copy(update=update)
 
-    async def _match(self) -> None:
+    def _match(self) -> None:
         touched, self._touched = self._touched, set()
         starts: list[AgentRecord] = []
-        stops: dict[str, int] = {}
-        refused: list[tuple[str, AgentRecord, int]] = []
+        stops, self._unstopped = self._unstopped, {}
         for agent in sorted(touched):
             if agent in self._lost:
                 continue
@@ -1412,11 +1594,11 @@ class Node:
                     stops[agent] = placed.epoch
                 self._unplace(agent)
                 placed = None
-            if held is None or not mine:
+            if held is None or not mine or self._has_ended(held.record):
                 continue
             record = held.record
             if record.desired == "stop":
-                if placed is not None:
+                if placed is not None and self._worker_ready:
                     stops[agent] = placed.epoch
                 elif record.status is not AgentStatus.STOPPED:
                     self._reports[agent] = AgentReport(
@@ -1430,32 +1612,51 @@ class Node:
                 shortage = self._shortage(record)
                 if shortage is not None:
                     update = {"status": AgentStatus.PENDING, "node": None, "reason": shortage}
-                    refused.append((agent, record.model_copy(update=update), held.revision))
+                    changed = record.model_copy(update=update)
+                    self._refused[agent] = (agent, changed, held.revision)
                     continue
                 placed = self._place(record)
             if not placed.told and self._worker_ready:
+                placed.told = True
                 starts.append(record)
-        await self._tell(stops, starts)
-        if refused:
-            await all_of([self._change(*change) for change in refused])
+        self._order(stops, starts)
 
-    async def _tell(self, stops: dict[str, int], starts: list[AgentRecord]) -> None:
-        if not stops and not starts:
-            return
-        await self._sleep(self.rng.uniform(0.001, 0.01))
-        if not self.is_connected or not self.has_interest or not self._worker_ready:
-            self._touched.update(stops)
-            self._touched.update(record.id for record in starts)
-            self._host_again()
-            return
-        if stops:
-            self._worker_stop(stops, self._draining or "stopped")
-        if starts:
-            self._go(self._worker_start(starts))
+    def _order(self, stops: dict[str, int], starts: list[AgentRecord]) -> None:
+        if (stops or starts) and self._worker_ready:
+            self._orders.append((stops, starts, self._worker_life))
+            if not self._is_ordering:
+                self._is_ordering = True
+                self._go(self._give_orders())
+
+    def _has_ended(self, record: AgentRecord) -> bool:
+        report = self._reports.get(record.id)
+        return (
+            report is not None
+            and report.epoch == record.epoch
+            and report.status is not AgentStatus.RUNNING
+        )
+
+    async def _give_orders(self) -> None:
+        while self._orders:
+            stops, starts, life = self._orders.pop(0)
+            await self._sleep(self.rng.uniform(0.001, 0.01))
+            if life != self._worker_life:
+                continue
+            if self.is_connected and self.has_interest:
+                if stops:
+                    self._worker_stop(stops, self._draining or "stopped")
+                if starts:
+                    self._go(self._worker_start(starts))
+                continue
+            for agent, epoch in stops.items():
+                self._unstopped[agent] = max(epoch, self._unstopped.get(agent, 0))
             for record in starts:
                 placed = self._placed.get(record.id)
                 if placed is not None and placed.epoch == record.epoch:
-                    placed.told = True
+                    placed.told = False
+                self._touched.add(record.id)
+            self._host_again()
+        self._is_ordering = False
 
     def _shortage(self, record: AgentRecord) -> str | None:
         for name, amount in needs(record.spec).items():
@@ -1500,12 +1701,14 @@ class Node:
     def _end_worker(self) -> None:
         self._worker_life += 1
         self._worker_ready = False
+        self._unstopped.clear()
+        for placed in self._placed.values():
+            placed.told = False
         for activation in list(self._activations.values()):
             self._forget(activation)
         for known in self.world.activations.values():
             known[:] = [item for item in known if item.node is not self]
         self._claiming.clear()
-        self._not_to_begin.clear()
 
     def worker_dies(self) -> None:
         """The worker process is gone."""
@@ -1528,8 +1731,6 @@ class Node:
 
     def _worker_begins(self, life: int) -> None:
         self._supervisor.step(Started("worker"), self.now)
-        for placed in self._placed.values():
-            placed.told = False
         self._on_worker_ready(life)
 
     async def _worker_start(self, records: list[AgentRecord]) -> None:
@@ -1547,12 +1748,14 @@ class Node:
         if life != self._worker_life:
             return
         for activation in activations:
-            if activation is not None:
+            if activation is not None and (
+                self._claiming.get(activation.agent) == activation.epoch
+                or Bug.STOP_MISSES_CLAIM in self.world.missing
+            ):
                 self._take_over(activation)
         for record in fresh:
             if self._claiming.get(record.id) == record.epoch:
                 del self._claiming[record.id]
-                self._not_to_begin.pop(record.id, None)
 
     async def _claim(self, record: AgentRecord, life: int) -> Activation | None:
         agent = record.id
@@ -1603,14 +1806,6 @@ class Node:
 
     def _take_over(self, activation: Activation) -> None:
         agent = activation.agent
-        if Bug.STOP_MISSES_CLAIM not in self.world.missing:
-            if self._not_to_begin.get(agent, -1) >= activation.epoch:
-                return
-            known = self._activations.get(agent)
-            if known is not None:
-                if known.epoch > activation.epoch:
-                    return
-                self._fail(known)
         self.world.say(f"{self.name} runs {agent} under epoch {activation.epoch}")
         self.world.report.claims += 1
         self._activations[agent] = activation
@@ -1681,6 +1876,16 @@ class Node:
                 self._forget(activation)
                 self._report(agent, activation.epoch, AgentStatus.STOPPED, reason)
             elif activation is None:
-                if agent in self._claiming:
-                    self._not_to_begin[agent] = epoch
+                if 0 < self._claiming.get(agent, 0) <= epoch:
+                    self._claiming[agent] = 0
                 self._report(agent, epoch, AgentStatus.STOPPED, reason)
+
+
+def _new_detector() -> LivenessDetector:
+    return LivenessDetector(
+        suspect_after_s=LIVENESS.suspect_after_s,
+        down_after_s=LIVENESS.down_after_s,
+        bus_grace_s=LIVENESS.bus_grace_s,
+        storm_fraction=LIVENESS.storm_fraction,
+        storm_hold_s=STORM_HOLD_S,
+    )

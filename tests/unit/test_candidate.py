@@ -15,8 +15,10 @@ from foundation_nats.consensus.candidate import (
     AcquireResult,
     BecameLeader,
     Candidate,
+    Doubt,
     Effect,
     Event,
+    HolderBack,
     HolderGone,
     LeaseSeen,
     LeaseVacant,
@@ -90,6 +92,11 @@ def _event(command: Command) -> Event:
                     return RenewResult(attempt, outcome, number("rev"))
                 case other:
                     raise ScriptError(f"{other!r} is no outcome")
+        case "back":
+            holder, _, incarnation = command.argument().partition("@")
+            return HolderBack(holder, int(incarnation))
+        case "doubt":
+            return Doubt()
         case "resign":
             return Resign()
         case "tick":

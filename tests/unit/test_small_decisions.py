@@ -126,6 +126,7 @@ def test_records_say_who_wrote_them_and_damage_is_not_read() -> None:
         commit=9,
         writer=b'{"node":"n","incarnation":1,"worker":"w"}',
         cursor=7,
+        mark="t",
         run="m:C",
         state=b'{"a":1}',
         salt="s",

@@ -1,0 +1,42 @@
+"""A child process that campaigns, and writes to a fenced resource while it believes to lead.
+
+``python -m tests.cluster.campaigner URL NAME TTL_S``. It prints ``leads TERM``
+when elected, ``refused TERM`` when the resource refused it, ``lost TERM`` when it
+knows that its tenure is over, and campaigns again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from foundation_nats import Cluster
+from foundation_nats.consensus.domain import ProposalStatus
+from foundation_nats.errors import FoundationError
+from tests.cluster.domains import FencedResource, Put
+
+
+async def main(url: str, name: str, ttl_s: str) -> None:
+    """Campaign until killed."""
+    async with Cluster.connect(url, name=name) as cluster:
+        election = cluster.leases.election("boss", candidate=name, ttl_s=float(ttl_s))
+        while True:
+            term = await election.campaign()
+            print("leads", term, flush=True)
+            while not election.lost.is_set():
+                # A careless leader: it seldom asks whether it still leads. The fence must hold.
+                for _ in range(20):
+                    try:
+                        put = Put(token=term, by=name)
+                        found = await cluster.consensus.propose(FencedResource, put, timeout=2)
+                        if found.status is ProposalStatus.REJECTED:
+                            print("refused", term, flush=True)
+                    except FoundationError as error:
+                        print("error", error.code, flush=True)
+                    await asyncio.sleep(0.01)
+            print("lost", term, flush=True)
+            await election.resign()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""Child processes of a test: started from this repository, read line by line, never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from foundation_nats.base.process import die_with_parent
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Child:
+    """``python -m MODULE ARGUMENTS…`` with its output in a file."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPOSITORY,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent(os.getpid()),
+        )
+
+    def lines(self) -> list[str]:
+        """What it has printed."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace").splitlines()
+
+    def said(self, word: str) -> list[str]:
+        """The lines that begin with *word*."""
+        return [line for line in self.lines() if line.split(" ", 1)[0] == word]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
+
+class Children:
+    """A ``with`` that kills whatever of its children still runs."""
+
+    def __init__(self) -> None:
+        self.all: list[Child] = []
+
+    def start(self, module: str, *arguments: str) -> Child:
+        """Start one."""
+        child = Child(module, *arguments)
+        self.all.append(child)
+        return child
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for child in self.all:
+            child.kill()
+            child._log.close()

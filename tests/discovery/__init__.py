@@ -1,0 +1,1 @@
+"""Finding servers, with real resolvers, sockets and files."""
