@@ -21,9 +21,11 @@ a file stream is reserved, and refused with 10047 where the store is smaller;
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.streams import api
@@ -41,6 +43,10 @@ ROUTE_ACK_WAIT_S = 10.0
 _MARKED = ("nodes", "leases")  # buckets whose keys expire, visibly
 _IN_USE_DIFFERENT = 10058
 _NO_STORAGE = 10047
+_NO_PEERS = 10005
+_PEERS_WAIT_S = 15.0
+"""Servers that start together know each other's room only some seconds after they elect a
+leader; until then there are *no suitable peers for placement*."""
 _GIB = 1024**3
 _MIB = 1024**2
 _SIGNALS_BYTES_DEFAULT = 16 * _GIB
@@ -301,6 +307,7 @@ async def _signals_bytes(bus: Bus, config: Config) -> int:
 async def _ensure_stream(bus: Bus, stream: dict[str, Any]) -> int:
     """Create it if it is missing, smaller if there is no room; returns its ``max_bytes``."""
     wanted = dict(stream)
+    deadline = monotonic() + _PEERS_WAIT_S
     while True:
         try:
             await api(bus, "STREAM.CREATE", wanted["name"], wanted)
@@ -318,6 +325,9 @@ async def _ensure_stream(bus: Bus, stream: dict[str, Any]) -> int:
             size = int(wanted.get("max_bytes", 0))
             if code == _NO_STORAGE and size // 2 >= _BYTES_MIN:
                 wanted["max_bytes"] = size // 2
+                continue
+            if code == _NO_PEERS and monotonic() < deadline:
+                await asyncio.sleep(0.25)
                 continue
             raise ServerError(
                 f"The server refused the stream {wanted['name']}: {error.message}",

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from foundation_nats import Cluster
 from foundation_nats.consensus.domain import ProposalStatus
 from foundation_nats.errors import FoundationError
+from tests.cluster.children import connect
 from tests.cluster.domains import FencedResource, Put
 
 
 async def main(url: str, name: str, ttl_s: str) -> None:
     """Campaign until killed."""
-    async with Cluster.connect(url, name=name) as cluster:
+    cluster = await connect(url, name)
+    try:
         election = cluster.leases.election("boss", candidate=name, ttl_s=float(ttl_s))
         while True:
             term = await election.campaign()
@@ -36,6 +37,8 @@ async def main(url: str, name: str, ttl_s: str) -> None:
                     await asyncio.sleep(0.01)
             print("lost", term, flush=True)
             await election.resign()
+    finally:
+        await cluster.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,9 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from foundation_nats import Cluster, FoundationError
 from foundation_nats.base.process import die_with_parent
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+async def connect(url: str, name: str) -> Cluster:
+    """For children: connect, although the broker may be dying or starting just now."""
+    while True:
+        try:
+            return await Cluster.connect(url, name=name)
+        except FoundationError:
+            await asyncio.sleep(0.05)
 
 
 class Child:

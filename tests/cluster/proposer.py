@@ -13,7 +13,7 @@ import random
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import orjson
 
@@ -21,6 +21,7 @@ from foundation_nats import Cluster
 from foundation_nats.chaos.history import Operation, now_ns
 from foundation_nats.consensus.domain import Proposal, ProposalStatus
 from foundation_nats.errors import FoundationError
+from tests.cluster.children import connect
 from tests.cluster.domains import Append, Cas, Store, Write
 
 KEYS = ("a", "b", "c")
@@ -46,6 +47,15 @@ class Proposer:
         self._file = file
         self._random = random.Random(seed)
         self._count = 0
+        self._replica: Any = None
+
+    async def open(self) -> None:
+        """Open the domain, however long the server is away."""
+        while self._replica is None:
+            try:
+                self._replica = await self._cluster.consensus.open(Store)
+            except FoundationError:
+                await asyncio.sleep(0.05)
 
     def _write(self, operation: Operation) -> None:
         self._file.write(orjson.dumps(asdict(operation)).decode() + "\n")
@@ -87,8 +97,8 @@ class Proposer:
             return
         operation = Operation(self._name, kind, key, value, 0)
         if kind == "cas":
-            expected = (await consensus.view(Store)).values.get(key)
-            operation.value = [expected, value]
+            # What it was when last seen: a wrong guess is a rejection.
+            operation.value = [self._replica.view.values.get(key), value]
         elif kind == "read":
             operation.value = None
         operation.invoked_ns = now_ns()
@@ -114,8 +124,10 @@ async def main(url: str, name: str, journal: str, seed: str) -> None:
     path = Path(journal)
     before = load(path)
     with path.open("a") as file:
-        async with Cluster.connect(url, name=name) as cluster:
+        cluster = await connect(url, name)
+        try:
             proposer = Proposer(cluster, name, file, int(seed))
+            await proposer.open()
             for operation in before:
                 if operation.f == "append" and operation.outcome == "unknown":
                     await proposer.append(operation.value)
@@ -123,6 +135,8 @@ async def main(url: str, name: str, journal: str, seed: str) -> None:
             while True:
                 await proposer.step()
                 await asyncio.sleep(proposer._random.uniform(0, 0.002))
+        finally:
+            await cluster.close()
 
 
 if __name__ == "__main__":

@@ -148,8 +148,8 @@ async def test_three_copies_lose_their_leader(tmp_path: Path) -> None:
                 await one.step()
                 await asyncio.sleep(0.01)
 
-        for client in clients:
-            await client.consensus.open(Store)
+        for one in proposers:
+            await one.open()
         tasks = [asyncio.create_task(propose(one)) for one in proposers]
         await asyncio.sleep(1)
         stream = clients[0].subjects.domain_stream("store")
