@@ -1,7 +1,7 @@
 """`make chaos`: twenty minutes of rounds over many seeds, and the section of docs/reliability.md.
 
-Three kinds of rounds take turns: everything at once on one broker, everything on three
-brokers, and a flood of signals, which is where the millions come from.
+Rounds take turns: everything at once on one broker, a flood of signals (which is where the
+millions come from), everything on three brokers, a flood again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,8 @@ from foundation_nats.chaos.report import markdown, replaced, summary
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
 
-KINDS = (
-    Options(seconds=20),
-    Options(seconds=20, brokers=3, rate=0.5),
-    Options(seconds=20, workloads=("counters",), rate=20),
-)
+_FLOOD = Options(seconds=20, workloads=("counters",), rate=20)
+KINDS = (Options(seconds=20), _FLOOD, Options(seconds=20, brokers=3, rate=0.5), _FLOOD)
 """The rounds that take turns."""
 
 
