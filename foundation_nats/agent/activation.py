@@ -34,7 +34,6 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from pydantic import ValidationError
 
 from foundation_nats.agent.agent import (
     Agent,
@@ -43,6 +42,8 @@ from foundation_nats.agent.agent import (
     Signal,
     handlings,
     start_arguments,
+    unhandled,
+    validated,
 )
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
@@ -484,7 +485,7 @@ class Activation:
             self._bury(item, body, self._unhandled(signal_type), attempts=1)
             return
         try:
-            data = _payload(handling, signal_type, data)
+            data = validated(handling, signal_type, data)
         except PayloadInvalidError as error:
             self._bury(item, body, error, attempts=1)
             return
@@ -519,7 +520,7 @@ class Activation:
                 raise _Abandon
             attempt += 1
             if handling is not None and handling.adapter is not None:
-                data = _payload(handling, signal_type, body.get("data"))
+                data = validated(handling, signal_type, body.get("data"))
 
     def _advance(self, item: _Stored) -> None:
         """The signal is done with: the next commit moves the cursor past it."""
@@ -648,13 +649,7 @@ class Activation:
         return items
 
     def _unhandled(self, signal_type: str) -> UnhandledSignalError:
-        known = ", ".join(sorted(self._handlings)) or "none"
-        return UnhandledSignalError(
-            f"{type(self.agent).__qualname__} ({self.id}) has no handler for {signal_type!r}; "
-            f"it handles: {known}.",
-            agent=self.id,
-            type=signal_type,
-        )
+        return unhandled(type(self.agent), self.id, signal_type)
 
     def _bury(
         self,
@@ -744,7 +739,7 @@ class Activation:
                 id=body["id"],
                 source=body["source"],
                 type=signal_type,
-                data=_payload(handling, signal_type, body.get("data")),
+                data=validated(handling, signal_type, body.get("data")),
                 time=body.get("time"),
                 traceparent=body.get("traceparent"),
             )
@@ -1085,25 +1080,6 @@ def _place(raw: bytes) -> tuple[int, int, str]:
     if start < 0:
         return sequence, last, ""
     return sequence, last, stamp(raw[start + 19 : raw.find(b"\r\n", start + 19)].decode())
-
-
-def _payload(handling: Handling | None, signal_type: str, data: Any) -> Any:
-    if handling is None or handling.adapter is None:
-        return data
-    try:
-        return handling.adapter.validate_python(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PayloadInvalidError(
-            f"The payload of {signal_type} is not valid: {where + ': ' if where else ''}"
-            f"{first['msg']}.",
-            type=signal_type,
-            errors=[
-                {"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]}
-                for item in error.errors(include_url=False, include_input=False)
-            ][:20],
-        ) from error
 
 
 def _malformed(data: bytes, error: Exception) -> PayloadInvalidError:

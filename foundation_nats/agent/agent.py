@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import PydanticUserError, TypeAdapter
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from foundation_nats.agent.state import State
-from foundation_nats.errors import ConfigError
+from foundation_nats.errors import ConfigError, PayloadInvalidError, UnhandledSignalError
 from foundation_schemas import RecoveredFrom, Target
 from foundation_schemas.base import is_name
 
@@ -359,3 +359,37 @@ def provided(cls: type[Agent]) -> list[str]:
         if not is_name(name):
             raise ConfigError(f"{cls.__qualname__}: {name!r} is not a valid capability name")
     return names
+
+
+def validated(handling: Handling | None, signal_type: str, data: Any) -> Any:
+    """The payload as the handler's type; as it came if the handler wants it so.
+
+    Raises:
+        PayloadInvalidError: it does not fit; says where.
+    """
+    if handling is None or handling.adapter is None:
+        return data
+    try:
+        return handling.adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PayloadInvalidError(
+            f"The payload of {signal_type} is not valid: {where + ': ' if where else ''}"
+            f"{first['msg']}.",
+            type=signal_type,
+            errors=[
+                {"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]}
+                for item in error.errors(include_url=False, include_input=False)
+            ][:20],
+        ) from error
+
+
+def unhandled(cls: type[Agent], id: str, signal_type: str) -> UnhandledSignalError:
+    """The error for a signal that *cls* has no handler for; lists those that it has."""
+    known = ", ".join(sorted(handlings(cls))) or "none"
+    return UnhandledSignalError(
+        f"{cls.__qualname__} ({id}) has no handler for {signal_type!r}; it handles: {known}.",
+        agent=id,
+        type=signal_type,
+    )

@@ -1,0 +1,305 @@
+"""`AgentHarness`: one agent in a unit test, without a server: feed it signals, see what it did.
+
+No IO. It keeps the promises that an agent has from its runtime: payloads are validated,
+a handler that raises leaves no trace and is tried again, state is checked and stored as JSON
+after every signal, emitted signals leave only with the state that caused them, a signal with a
+known id has no second effect, and a crash loses what was not stored. So a test that passes here
+passes on a cluster, as far as one agent alone can tell.
+
+Not here: other agents, placement, time-outs, limits of size, and what only processes can do to
+each other. Retries don't wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from foundation_nats.agent.agent import (
+    Agent,
+    Context,
+    Signal,
+    handlings,
+    start_arguments,
+    unhandled,
+    validated,
+)
+from foundation_nats.agent.state import dump_state, first_state, load_state
+from foundation_nats.base.clock import utc_text
+from foundation_nats.bus.rpc import to_json
+from foundation_nats.errors import (
+    AgentUnavailableError,
+    FoundationError,
+    HandlerError,
+    PayloadInvalidError,
+    UnhandledSignalError,
+)
+from foundation_schemas import RecoveredFrom
+
+A = TypeVar("A", bound=Agent)
+_ATTEMPTS = 4
+_READY_TRIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """A signal that the agent has sent."""
+
+    type: str
+    data: Any
+    to: str
+    """As a target: ``agent:ID``, ``capability:NAME`` …"""
+    cause: str | None
+    """The id of the signal that was handled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """A signal that was given up."""
+
+    id: str
+    type: str
+    error: FoundationError
+    attempts: int
+
+
+@dataclass(slots=True)
+class _Stored:
+    """What the store would hold."""
+
+    state: bytes
+    applied: set[str] = field(default_factory=set)
+
+
+class AgentHarness(Generic[A]):
+    """An activation of *cls*, to be used with ``async with`` or by `start` and `stop`.
+
+    Args:
+        id: the agent's name.
+        config: as in a manifest.
+        state: what an earlier activation left; None: it is new.
+
+    Example:
+        >>> async with AgentHarness(Counter, id="visits") as agent:
+        ...     assert await agent.ask("counter.add", {"amount": 3}) == 3
+        ...     await agent.crash()
+        ...     assert agent.state.total == 3
+    """
+
+    def __init__(
+        self,
+        cls: type[A],
+        *,
+        id: str = "agent",
+        config: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._cls = cls
+        self._id = id
+        self._config = config
+        self._handlings = handlings(cls)
+        first = first_state(cls.State) if state is None else load_state(cls.State, state)
+        self._stored = _Stored(dump_state(first))
+        self._epoch = 0
+        self._agent: A | None = None
+        self._sequence = 0
+        self.emitted: list[Emitted] = []
+        """All that left the agent, in order; clear it when you like."""
+        self.dead: list[Dead] = []
+        self.stopped: str | None = None
+        """Why it stopped itself (`ctx.stop`), if it did."""
+
+    # ---- life -------------------------------------------------------------------
+
+    async def start(self, recovered_from: RecoveredFrom | None = None) -> None:
+        """Begin an activation: `on_start`, then `ready`.
+
+        Raises:
+            HandlerError: `on_start` or `ready` raised, or it does not get ready.
+            StateInvalidError: the state that it leaves does not fit.
+        """
+        self._epoch += 1
+        self.stopped = None
+        agent = self._cls()
+        agent.ctx = Context(self._id, config=self._config, node="test", epoch=self._epoch)
+        if not agent.durable and self._epoch > 1:
+            self._stored.state = dump_state(first_state(self._cls.State))
+        agent.state = load_state(self._cls.State, self._stored.state)
+        agent.ctx._begin(None)
+        try:
+            await agent.on_start(**start_arguments(self._cls, recovered_from))
+            self._commit(agent, None)
+            for _ in range(_READY_TRIES):
+                if await agent.ready():
+                    break
+                await asyncio.sleep(0)
+            else:
+                raise HandlerError("It does not get ready.")
+        except FoundationError:
+            raise
+        except Exception as error:
+            raise HandlerError(f"on_start raised {type(error).__name__}: {error}") from error
+        self._agent = agent
+
+    async def stop(self, reason: str = "stopped") -> None:
+        """Stop it in good order: `on_stop`, whose effects are kept."""
+        agent = self._running()
+        agent.ctx._begin(None)
+        try:
+            await agent.on_stop(reason)
+            self._commit(agent, None)
+        finally:
+            self._agent = None
+
+    async def crash(self) -> None:
+        """Lose the activation without a word, and recover from what was stored."""
+        self._running()
+        self._agent = None
+        await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="worker_died"))
+
+    async def __aenter__(self) -> AgentHarness[A]:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._agent is not None:
+            await self.stop()
+
+    # ---- what it holds ----------------------------------------------------------
+
+    @property
+    def agent(self) -> A:
+        """The activation, to look into."""
+        return self._running()
+
+    @property
+    def state(self) -> Any:
+        """What is stored: a copy of the agent's `State`, also while it does not run."""
+        return load_state(self._cls.State, self._stored.state)
+
+    def _running(self) -> A:
+        if self._agent is None:
+            raise AgentUnavailableError(f"Agent {self._id} is not running.", id=self._id)
+        return self._agent
+
+    # ---- signals ----------------------------------------------------------------
+
+    async def send(
+        self, type: str, data: Any = None, *, id: str | None = None, source: str = "client:test"
+    ) -> bool:
+        """Deliver a durable signal: its effects are stored, or it is in `dead`.
+
+        Returns whether it took effect; False for a repeated *id*, and for a dead letter.
+        """
+        agent = self._running()
+        signal_id = id or token_hex(8)
+        if signal_id in self._stored.applied:
+            return False
+        self._stored.applied.add(signal_id)
+        self._sequence += 1
+        error: FoundationError | None = None
+        attempt = 0
+        while attempt < _ATTEMPTS:
+            attempt += 1
+            try:
+                await self._handle(
+                    agent, type, data, signal_id, source, sequence=self._sequence, attempt=attempt
+                )
+            except (UnhandledSignalError, PayloadInvalidError) as found:
+                error = found
+                break
+            except FoundationError as found:
+                error = found
+            else:
+                await self._stop_itself()
+                return True
+        assert error is not None
+        self.dead.append(Dead(signal_id, type, error, attempt))
+        return False
+
+    async def ask(self, type: str, data: Any = None, *, source: str = "client:test") -> Any:
+        """Ask, and return the reply as the asker gets it: as JSON, after the effects are stored.
+
+        Raises:
+            UnhandledSignalError, PayloadInvalidError, HandlerError: as `Cluster.ask` does.
+            StateInvalidError: the handler left a state that does not fit; nothing was kept.
+        """
+        result = await self._handle(self._running(), type, data, token_hex(8), source)
+        await self._stop_itself()
+        return orjson.loads(to_json(result))
+
+    async def _handle(
+        self,
+        agent: A,
+        type_: str,
+        data: Any,
+        id: str,
+        source: str,
+        *,
+        sequence: int = 0,
+        attempt: int = 1,
+    ) -> Any:
+        handling = self._handlings.get(type_)
+        if handling is None and not type_.startswith("cluster."):
+            raise unhandled(self._cls, self._id, type_)
+        signal: Signal[Any] = Signal(
+            id=id,
+            source=source,
+            type=type_,
+            # As it comes over the wire: models become plain values, what is no JSON is refused.
+            data=validated(handling, type_, orjson.loads(to_json(data))),
+            time=utc_text(),
+            sequence=sequence,
+            attempt=attempt,
+        )
+        agent.ctx._begin(signal)
+        try:
+            if handling is None:
+                result = await agent.handle_cluster_signal(signal)
+            elif handling.is_async:
+                result = await handling.function(agent, signal)
+            else:
+                result = handling.function(agent, signal)
+            self._commit(agent, signal)
+        except BaseException as error:
+            agent.state = load_state(self._cls.State, self._stored.state)
+            agent.ctx._emissions = []
+            if isinstance(error, FoundationError) or not isinstance(error, Exception):
+                raise
+            raise HandlerError(f"{type(error).__name__}: {error}") from error
+        return result
+
+    def _commit(self, agent: A, signal: Signal[Any] | None) -> None:
+        """Store the state and let what was emitted go, together."""
+        self._stored.state = dump_state(agent.state)
+        # As the next activation would read it: what does not survive JSON shows at once.
+        load_state(self._cls.State, self._stored.state)
+        self.emitted += [
+            Emitted(
+                emission.type,
+                orjson.loads(orjson.dumps(emission.data)),
+                str(emission.target),
+                None if signal is None else signal.id,
+            )
+            for emission in agent.ctx._emissions
+        ]
+        agent.ctx._emissions = []
+
+    async def _stop_itself(self) -> None:
+        reason = self._running().ctx._stop_reason
+        if reason is not None:
+            self.stopped = reason
+            await self.stop(reason)
+
+    def take(self, type: str | None = None) -> list[Emitted]:
+        """What was emitted since the last call (of *type* alone, if given), and forget it."""
+        taken = [item for item in self.emitted if type in (None, item.type)]
+        self.emitted = [item for item in self.emitted if item not in taken]
+        return taken
+
+
+__all__ = ["AgentHarness", "Dead", "Emitted"]
