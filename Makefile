@@ -29,7 +29,7 @@ architecture: install
 	$(BIN)/lint-imports
 
 unit: install
-	$(BIN)/python -m pytest -q tests $(TESTS)
+	$(BIN)/python -m pytest -q tests --numprocesses 4 --dist worksteal $(TESTS)
 
 check: lint types architecture
 

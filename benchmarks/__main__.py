@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ours
+from benchmarks import fleet, ours
 from benchmarks.floor import create, failover, latency, mailbox, memory
 from benchmarks.floor.server import throw_away_server
 from foundation_nats.base.tasks import run
@@ -59,9 +59,12 @@ WORKS = [
     Work("signals", ours.mailbox, mailbox.run),
     Work("latency", ours.latency, latency.run),
     Work("deploy", ours.create, create.run),
+    Work("deploy-many", ours.create_many, None),
     Work("failover", ours.failover, failover.run),
     Work("failover-leader", ours.failover_of_leader, None),
+    Work("rebalance", ours.rebalance, None),
     Work("memory", ours.memory, memory.run),
+    Work("idle", ours.idle, None),
     Work("launch", ours.launch, None),
 ]
 
@@ -74,10 +77,17 @@ ROWS = [
     Row("latency", "ask, p99", "ask_p99_us", "request_p99_us", "µs"),
     Row("latency", "asks, 100 callers", "asks_per_s", "requests_per_s", "/s", 0.5, None, True),
     Row("deploy", "1,000 agents deployed and answering", "create_seconds", "create_seconds", "s", None, 0.5),
+    Row("deploy-many", "10,000 agents deployed and answering", "create_seconds", None, "s", None, 4.0),
     Row("failover", "node killed: 1,000 agents answer elsewhere", "failover_seconds", "failover_seconds", "s", None, 0.8),
     Row("failover-leader", "the same, the node led", "failover_seconds", None, "s", None, 0.8),
+    Row("rebalance", "an agent is moved under load: pause, p50", "pause_p50_ms", None, "ms", None, 100),
+    Row("rebalance", "the same, p99", "pause_p99_ms", None, "ms"),
+    Row("rebalance", "a node with 20 busy agents is drained", "drain_seconds", None, "s"),
     Row("memory", "idle agent, of 1,000", "bytes_per_agent_1000", None, "B"),
     Row("memory", "idle agent, of 10,000", "bytes_per_agent_10000", None, "B", None, 5 * 1024),
+    Row("idle", "10,000 agents on 10 nodes of 2 workers, answering", "create_seconds", None, "s"),
+    Row("idle", "the same, idle: cpu of all nodes, of one core", "cpu_percent", None, "%", None, 3.0),
+    Row("idle", "the same: memory", "rss_mb", None, "MB"),
     Row("launch", "server, node, agent: first answer", "launch_seconds", None, "s", None, 0.5),
 ]
 # fmt: on
@@ -162,6 +172,8 @@ def report(
 
 def main() -> int:
     """Measure, print, and write ``benchmarks/results/latest.json``."""
+    if sys.argv[1:2] == ["fleet"]:
+        return fleet.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", action="append", choices=[work.name for work in WORKS])

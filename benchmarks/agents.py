@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from foundation_nats import Agent, Signal, State, on
 
@@ -27,6 +27,26 @@ class Counter(Agent):
     @on("get")
     async def get(self, signal: Signal) -> int:
         return self.state.counter
+
+
+class Moved(Agent):
+    """Notes how long nobody handled its signals while it was moved."""
+
+    class State(State):
+        counter: int = 0
+        stopped_at: float = 0.0
+        pauses: list[float] = Field(default_factory=list)
+
+    async def on_stop(self, reason: str) -> None:
+        self.state.stopped_at = time.monotonic()
+
+    @on("add")
+    async def add(self, signal: Signal[Add]) -> None:
+        self.state.counter += signal.data.amount
+        if self.state.stopped_at:
+            # One machine, one clock: the first signal after the pause.
+            self.state.pauses.append(time.monotonic() - self.state.stopped_at)
+            self.state.stopped_at = 0.0
 
 
 class Stamp(Agent):

@@ -20,6 +20,7 @@ CALLERS = 100
 CALLS = 20_000
 SEQUENTIAL = 2000
 SENDERS = 500
+MOVERS = 60
 CLUSTER = "bench"
 
 
@@ -71,8 +72,8 @@ async def latency(cluster: Cluster) -> dict[str, float]:
     }
 
 
-async def all_answer(cluster: Cluster, expected: int) -> dict[str, float]:
-    """Until each of 1,000 agents has answered *expected*; the moment that was."""
+async def all_answer(cluster: Cluster, expected: int, count: int) -> dict[str, float]:
+    """Until each of *count* agents has answered *expected*; the moment that was."""
     # Few at a time: the asking must not be what the recovery waits for.
     gate = asyncio.Semaphore(20)
 
@@ -87,23 +88,42 @@ async def all_answer(cluster: Cluster, expected: int) -> dict[str, float]:
                 else:
                     return
 
-    await asyncio.gather(*(one(f"c-{index}") for index in range(AGENTS)))
+    await asyncio.gather(*(one(f"c-{index}") for index in range(count)))
     return {"answered_at": time.monotonic()}
 
 
-async def main(what: str, url: str, argument: int) -> dict[str, float]:
+async def beat(cluster: Cluster) -> dict[str, float]:
+    """A signal to each of 60 agents every 20 ms until a line comes; how many got a receipt."""
+    line = asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    sent = 0
+
+    async def sender(name: str) -> None:
+        nonlocal sent
+        while not line.done():
+            await cluster.send(name, "add", {"amount": 1}, timeout=30)
+            sent += 1
+            await asyncio.sleep(0.02)
+
+    print("ready", flush=True)
+    await asyncio.gather(*(sender(f"c-{index}") for index in range(MOVERS)))
+    return {"sent": float(sent)}
+
+
+async def main(what: str, url: str, expected: int = 0, count: int = AGENTS) -> dict[str, float]:
     """Connect and do one of the above."""
     async with Cluster.connect(url, cluster=CLUSTER) as cluster:
         if what == "produce":
             return await produce(cluster)
         if what == "latency":
             return await latency(cluster)
+        if what == "beat":
+            return await beat(cluster)
         # The connection is up: say so, and begin when told.
         print("ready", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-        return await all_answer(cluster, argument)
+        return await all_answer(cluster, expected, count)
 
 
 if __name__ == "__main__":
-    result = run(lambda: main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 0))
+    result = run(lambda: main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))
     print(json.dumps(result), flush=True)

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import orjson
 
-from benchmarks.drive import AGENTS, CLUSTER, SIGNALS
+from benchmarks.drive import AGENTS, CLUSTER, MOVERS, SIGNALS, percentile
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.testing import NodeProcess, TestCluster, eventually
 
 ROOT = str(Path(__file__).parents[1])
 DRIVE_TIMEOUT_S = 120.0
 MANY = 10_000
+IDLE_AFTER_S = 8.0
+"""After the last answer, until everybody has said what it had to say."""
+IDLE_FOR_S = 15.0
 
 
 def deployment(count: int, *, label: str = "") -> str:
@@ -54,11 +57,11 @@ async def drive(nodes: TestCluster, what: str) -> dict[str, float]:
 class Waiter:
     """A driver that is connected, and waits to be told to ask all agents until each has answered."""
 
-    async def open(self, nodes: TestCluster, expected: int) -> Waiter:
-        """Start it; returns when it is ready."""
+    async def open(self, nodes: TestCluster, expected: int, count: int = AGENTS) -> Waiter:
+        """Start it for *count* agents; returns when it is ready."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "benchmarks.drive", "answer", nodes.server.url, str(expected),
-            stdin=PIPE, stdout=PIPE, cwd=ROOT,
+            str(count), stdin=PIPE, stdout=PIPE, cwd=ROOT,
         )  # fmt: skip
         assert self._process.stdout is not None
         async with asyncio.timeout(DRIVE_TIMEOUT_S):
@@ -123,15 +126,20 @@ async def latency() -> dict[str, float]:
         return await drive(nodes, "latency")
 
 
-async def create() -> dict[str, float]:
+async def create(count: int = AGENTS) -> dict[str, float]:
     """Deploy 1,000 agents onto two nodes until each has answered."""
     async with TestCluster(nodes=2, workers=1, path=[ROOT], cluster=CLUSTER) as nodes:
         await settled_nodes(nodes)
-        waiter = await Waiter().open(nodes, 0)
+        waiter = await Waiter().open(nodes, 0, count)
         began = time.monotonic()
         asking = asyncio.create_task(waiter.go())
-        await nodes.client.deployments.apply(deployment(AGENTS))
+        await nodes.client.deployments.apply(deployment(count))
         return {"create_seconds": await asking - began}
+
+
+async def create_many() -> dict[str, float]:
+    """The same with 10,000."""
+    return await create(MANY)
 
 
 async def failover(*, of_leader: bool = False) -> dict[str, float]:
@@ -164,6 +172,60 @@ async def _fill(nodes: TestCluster, victim: NodeProcess) -> None:
     await settled_nodes(nodes)
 
 
+async def rebalance() -> dict[str, float]:
+    """Drain a node of three and fill it again, while 60 agents get 50 signals/s each; verified.
+
+    A pause is the time from an agent's `on_stop` to the first signal that its next activation
+    handles; the signals are 20 ms apart, so that it is overstated by up to that.
+    """
+    async with TestCluster(nodes=3, workers=1, path=[ROOT], cluster=CLUSTER) as nodes:
+        cluster = nodes.client
+        await settled_nodes(nodes)
+        text = deployment(MOVERS).replace("Counter", "Moved")
+        await cluster.deployments.apply(text)
+        await cluster.deployments.wait_settled(["c"], timeout=30)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "benchmarks.drive", "beat", nodes.server.url,
+            stdin=PIPE, stdout=PIPE, cwd=ROOT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        async with asyncio.timeout(DRIVE_TIMEOUT_S):
+            await process.stdout.readline()
+            await asyncio.sleep(1.0)
+            began = time.monotonic()
+            drained = await cluster.nodes.drain("n2")
+            drain_s = time.monotonic() - began
+            await cluster.nodes.uncordon("n2")
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+            rebalanced = await cluster.rebalance()
+            rebalance_s = time.monotonic() - began
+            await asyncio.sleep(0.5)
+            output, _ = await process.communicate(b"stop\n")
+        sent = json.loads(output.splitlines()[-1])["sent"]
+        bucket = Bucket(cluster.bus, cluster.subjects, "state")
+        while True:
+            entries = await bucket.read_many([f"c-{index}" for index in range(MOVERS)])
+            states = [orjson.loads(entry.value or b"{}")["state"] for entry in entries.values()]
+            total = sum(state["counter"] for state in states)
+            if total == sent:
+                break
+            if total > sent:
+                raise RuntimeError(f"{total} effects of {sent} signals")
+            await asyncio.sleep(0.05)
+        pauses = [pause * 1000 for state in states for pause in state["pauses"]]
+        moves = len(drained.moved) + len(rebalanced.moved)
+        if len(pauses) != moves:
+            raise RuntimeError(f"{len(pauses)} pauses of {moves} moves")
+        return {
+            "pause_p50_ms": percentile(pauses, 0.5),
+            "pause_p99_ms": percentile(pauses, 0.99),
+            "moves": float(moves),
+            "drain_seconds": drain_s,
+            "rebalance_seconds": rebalance_s,
+        }
+
+
 async def failover_of_leader() -> dict[str, float]:
     """The same when the killed node leads (it does: the other one has just come)."""
     return await failover(of_leader=True)
@@ -191,3 +253,32 @@ async def launch() -> dict[str, float]:
         await nodes.client.agents.start("benchmarks.agents:Counter", id="first")
         await nodes.client.ask("first", "get")
         return {"launch_seconds": time.monotonic() - began}
+
+
+async def idle() -> dict[str, float]:
+    """10 nodes of two workers hold 10,000 agents that have nothing to do: what does it cost?
+
+    The processor time is that of all nodes and workers, without the server's, over some
+    seconds; as a share of one core.
+    """
+    async with TestCluster(nodes=10, workers=2, path=[ROOT], cluster=CLUSTER) as nodes:
+        await settled_nodes(nodes)
+        waiter = await Waiter().open(nodes, 0, MANY)
+        began = time.monotonic()
+        asking = asyncio.create_task(waiter.go())
+        await nodes.client.deployments.apply(deployment(MANY))
+        seconds = await asking - began
+        await asyncio.sleep(IDLE_AFTER_S)
+        family = [process for node in nodes.nodes.values() for process in node.family()]
+
+        def used() -> float:
+            return sum(sum(process.cpu_times()[:2]) for process in family)
+
+        before, at = used(), time.monotonic()
+        await asyncio.sleep(IDLE_FOR_S)
+        share = (used() - before) / (time.monotonic() - at)
+        return {
+            "create_seconds": seconds,
+            "cpu_percent": share * 100,
+            "rss_mb": sum(process.memory_info().rss for process in family) / 1e6,
+        }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from foundation_nats.agent.agent import Agent, Context, Signal, on
+    from foundation_nats.agent.agent import Agent, Context, Signal, on, subscribe
     from foundation_nats.agent.state import State
     from foundation_nats.api.cluster import Cluster
     from foundation_nats.api.node import Node, NodeOptions
@@ -40,6 +40,7 @@ _HOMES = {
     "State": "foundation_nats.agent.state",
     "Target": "foundation_schemas",
     "on": "foundation_nats.agent.agent",
+    "subscribe": "foundation_nats.agent.agent",
 }
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "State",
     "Target",
     "on",
+    "subscribe",
 ]
 
 

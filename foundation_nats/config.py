@@ -146,8 +146,32 @@ class ControlConfig(_Section):
     """How long a non-critical agent waits for its lost node before it is placed elsewhere."""
     autoscale_every_s: float = Field(default=3.0, gt=0)
     """How often deployments that scale themselves are measured."""
+    quarantine_after: int = Field(default=10, ge=1)
+    """An agent that failed to start so often in a row is not tried again by itself."""
+    flapping_after: int = Field(default=3, ge=1)
+    """A node with so many short lives in a row gets agents only if no other can take them …"""
+    stable_after_s: float = 60.0
+    """… until it has lived for so long; a shorter life is a short one."""
+    moves_max: int = Field(default=32, ge=1)
+    """How many agents may be on their way from one node to another at a time …"""
+    moves_per_node_max: int = Field(default=16, ge=1)
+    """… and how many of one source, and to one target."""
+    rebalance_on_join: bool = False
+    """Rebalance by itself once a new node has been up for a while; else only say that it would pay."""
+    rebalance_after_s: float = Field(default=30.0, gt=0)
+    """How long is a while."""
+    rebalance_strategy: str = "even_distribution"
+    """What such a rebalance makes better: see `foundation rebalance` …"""
+    rebalance_budget: int = Field(default=1000, ge=1)
+    """… and how many agents it moves at most."""
     failed_backoff_s: float = 1.0
     failed_backoff_max_s: float = 60.0
+
+    def retry_s(self, failures: int) -> float | None:
+        """How long an agent rests that failed so often in a row; None: until it is released."""
+        if failures >= self.quarantine_after:
+            return None
+        return min(self.failed_backoff_s * 2.0 ** min(failures, 30), self.failed_backoff_max_s)
 
 
 class WorkerConfig(_Section):
@@ -156,12 +180,27 @@ class WorkerConfig(_Section):
     restarts_max: int = 5
     restart_window_s: float = 30.0
     stop_timeout_s: float = 10.0
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+    """How long a node that is told to end takes to move its agents away before it stops the rest."""
     handler_timeout_s: float | None = None
     """A handler that takes longer is cancelled and counts as failed; None: no limit."""
     ready_timeout_s: float = 20.0
     """How long an agent may take from `on_start` to `ready`; below `control.start_timeout_s`."""
     hang_after_s: float = 10.0
     """A worker whose event loop answers no ping for this long is killed and restarted."""
+
+
+class LauncherConfig(_Section):
+    """How `foundation nodes add` and `remove` start and end nodes."""
+
+    kind: str = "local"
+    """``local``: processes on this machine; ``command``: templates; or one of an installed package."""
+    add: str | None = None
+    """The command that starts a node, such as ``docker run -d --name {name} image {command}``."""
+    remove: str | None = None
+    """The command that clears away what is left of a node once it has been drained."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """How long such a command may take."""
 
 
 class Config(_Section):
@@ -176,6 +215,7 @@ class Config(_Section):
     lease: LeaseConfig = LeaseConfig()
     control: ControlConfig = ControlConfig()
     worker: WorkerConfig = WorkerConfig()
+    launcher: LauncherConfig = LauncherConfig()
 
     @classmethod
     def load(cls, **overrides: Any) -> Config:

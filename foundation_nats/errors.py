@@ -6,6 +6,7 @@
     ├── ConfigError                     settings are wrong; raised before any I/O
     │   └── ManifestError               a manifest is wrong: what, on which line, what would be right
     ├── ServerError                     the nats-server cannot be started or used
+    ├── LaunchError                     a node could not be started or removed by its launcher
     ├── BusError                        NATS did not do what we asked
     │   ├── BusUnavailableError         retryable   not applied     no connection, no JetStream leader
     │   │   └── NoRespondersError       nobody listens on the subject
@@ -21,9 +22,13 @@
     │   ├── FencedError                 your epoch is over: stop, do not retry
     │   ├── LockLostError               the lock, permit or leadership is not yours any more
     │   ├── LockTimeoutError            retryable   somebody else held it all the time
+    │   ├── BarrierBrokenError          not everyone came in time; names who is missing
+    │   ├── VoteClosedError             decided, or its time is over: the ballot does not count
+    │   ├── ReservationLostError        it has expired or was released: what it held is not yours
     │   ├── ProposalRejectedError       the domain's validator said no
     │   └── DomainBusyError             retryable   not applied     others' proposals came first all the time
     ├── NotFoundError
+    │   ├── SignalNotFoundError         no signal or timer of that id is known (any more)
     │   ├── AgentNotFoundError
     │   ├── NodeNotFoundError
     │   ├── DeploymentNotFoundError
@@ -33,14 +38,20 @@
     │   └── DomainFullError             retryable   not applied     its log can't be compacted
     ├── ProposalUnknownError            outcome UNKNOWN: ask `status(id)`
     ├── MailboxFullError                retryable   not applied     the receiver does not keep up
+    ├── BreakerOpenError                retryable   not applied     a circuit breaker refuses the call
+    ├── OverloadError                   retryable   not applied     a rate limit or bulkhead refuses the call
     ├── PlacementError                  lists the reason per node
+    │   ├── InfeasibleError             no node could ever take it, however empty
+    │   └── BusyError                   retryable   not applied     some node could, but not now
     ├── NotSettledError                 the wish stands, but was not true in time
     ├── RolloutFailedError              the agents did not get ready under a changed spec
     ├── AgentError                      something is wrong in or with an agent
     │   ├── AgentUnavailableError       retryable   not applied     not running, or not sure it still may
     │   ├── AskTimeoutError             outcome UNKNOWN
+    │   ├── QuorumError                 too few of those that were asked have answered
     │   ├── HandlerError                the handler raised
     │   ├── PayloadInvalidError         the payload does not fit the handler's model
+    │   ├── ExpiredError                not applied     its deadline had passed before it was handled
     │   ├── UnhandledSignalError        the agent has no handler for the type
     │   ├── StateTooLargeError
     │   └── StateInvalidError           the stored or new state does not fit the model
@@ -93,6 +104,12 @@ class ServerError(FoundationError):
     """The nats-server cannot be started or used."""
 
     code = "server"
+
+
+class LaunchError(FoundationError):
+    """A node could not be started or removed by its launcher; says what that said."""
+
+    code = "launch"
 
 
 class BusError(FoundationError):
@@ -189,6 +206,24 @@ class LockTimeoutError(ConflictError):
     retryable = True
 
 
+class BarrierBrokenError(ConflictError):
+    """Not everyone came to the barrier in time; `details["missing"]` names them."""
+
+    code = "barrier.broken"
+
+
+class VoteClosedError(ConflictError):
+    """The vote is decided or its time is over: the ballot does not count."""
+
+    code = "vote.closed"
+
+
+class ReservationLostError(ConflictError):
+    """The reservation has expired or was released: what it held is not yours (any more)."""
+
+    code = "reservation.lost"
+
+
 class ProposalRejectedError(ConflictError):
     """The domain's validator refused the operation; nothing was applied."""
 
@@ -206,6 +241,12 @@ class NotFoundError(FoundationError):
     """There is no such thing."""
 
     code = "not_found"
+
+
+class SignalNotFoundError(NotFoundError):
+    """No signal or timer of that id is known, or not any more."""
+
+    code = "not_found.signal"
 
 
 class AgentNotFoundError(NotFoundError):
@@ -265,10 +306,37 @@ class MailboxFullError(FoundationError):
     retryable = True
 
 
+class BreakerOpenError(FoundationError):
+    """What is to be called has failed too often; it was not called. `details["retry_in_s"]` says for how long."""
+
+    code = "breaker_open"
+    retryable = True
+
+
+class OverloadError(FoundationError):
+    """A rate limit or a bulkhead has no room; it was not called."""
+
+    code = "overload"
+    retryable = True
+
+
 class PlacementError(FoundationError):
     """No node qualifies; `details` has the reason per node."""
 
     code = "placement"
+
+
+class InfeasibleError(PlacementError):
+    """No node could ever take it, however empty; `details["reasons"]` has one per node."""
+
+    code = "placement.infeasible"
+
+
+class BusyError(PlacementError):
+    """Some node could take it, but not now; `details["reasons"]` has one per node."""
+
+    code = "placement.busy"
+    retryable = True
 
 
 class NotSettledError(FoundationError):
@@ -303,6 +371,13 @@ class AskTimeoutError(AgentError):
     outcome = "unknown"
 
 
+class QuorumError(AgentError):
+    """Too few of those that were asked have answered; some may have handled the question."""
+
+    code = "agent.quorum"
+    outcome = "unknown"
+
+
 class HandlerError(AgentError):
     """The agent's handler raised; its state is as before."""
 
@@ -313,6 +388,12 @@ class PayloadInvalidError(AgentError):
     """The payload does not fit the handler's model; `details` has pydantic's list of errors."""
 
     code = "agent.payload_invalid"
+
+
+class ExpiredError(AgentError):
+    """The signal's deadline had passed before it was handled."""
+
+    code = "expired"
 
 
 class UnhandledSignalError(AgentError):

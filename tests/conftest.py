@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from foundation_nats.testing import TestServer
 
 AGENTS = Path(__file__).parent / "agents"
 """Where the agents that tests deploy are found by nodes."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Whoever runs the tests in the background of a shell has it ignored, and by inheritance
+    # every command that a test starts; Ctrl-C must mean to them what it means to people.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -52,7 +52,7 @@ def agents(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def targets(ctx: typer.Context, incomplete: str) -> list[str]:
     """Agent ids, and the other kinds of target."""
-    kinds = ["everyone", "capability:", "any:", "deployment:"]
+    kinds = ["everyone", "capability:", "any:", "deployment:", "label:", "topic:"]
     return agents(ctx, incomplete) + [kind for kind in kinds if kind.startswith(incomplete)]
 
 
@@ -65,11 +65,31 @@ def nodes(ctx: typer.Context, incomplete: str) -> list[str]:
     return _matching(ctx, incomplete, question)
 
 
+def reservations(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Ids of reservations."""
+
+    async def question(cluster: Cluster) -> list[str]:
+        return [item.id for item in await cluster.resources.list()]
+
+    return _matching(ctx, incomplete, question)
+
+
 def deployments(ctx: typer.Context, incomplete: str) -> list[str]:
     """Deployment names."""
 
     async def question(cluster: Cluster) -> list[str]:
         return [deployment.name for deployment in await cluster.deployments.list()]
+
+    return _matching(ctx, incomplete, question)
+
+
+def anything(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Agents, deployments and nodes."""
+
+    async def question(cluster: Cluster) -> list[str]:
+        agents = [agent.id for agent in await cluster.agents.list()]
+        wishes = await cluster.deployments.wishes()
+        return sorted({*agents, *wishes, *(node.name for node in await cluster.nodes.list())})
 
     return _matching(ctx, incomplete, question)
 

@@ -6,6 +6,7 @@ was not in time, with the reason per agent. The wish stands all the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,12 +24,30 @@ if TYPE_CHECKING:
 WAIT_DEFAULT = "30s"
 _REASONS_SHOWN = 5
 _PLACEMENTS_SHOWN = 40
+_WAITING_SHOWN = 12
+_REASONS_AFTER_S = 1.0
+_SAID_EVERY_S = 1.0
+_PASSED = "ok"
+_AHEAD = " "
+_PHASE_MARKS = {"ahead": " ", "under_way": "…", "passed": "ok", "failed": "!!"}
 _MARKS = {
     "added": ("+", "green"),
     "removed": ("-", "red"),
     "changed": ("~", "yellow"),
     "same": ("=", "dim"),
 }
+
+_FATES = (
+    ("placements", "+", "would start there"),
+    ("restarting", "~", "would restart there"),
+    ("leaving", "-", "would leave, drained; its state is kept"),
+)
+_FATE_COLUMNS = (
+    Column("", lambda f: f[0]),
+    Column("agent", lambda f: f[1]),
+    Column("node", lambda f: f[2]),
+    Column("what", lambda f: f[3], free=True),
+)
 
 _Manifest = Annotated[
     Path,
@@ -44,6 +63,13 @@ _Wait = Annotated[
         show_default=WAIT_DEFAULT,
     ),
 ]
+_Purge = Annotated[
+    bool,
+    typer.Option(
+        "--purge",
+        help="Also delete the state and the mailboxes of the agents that go; for good.",
+    ),
+]
 _Name = Annotated[
     str,
     typer.Argument(
@@ -52,8 +78,8 @@ _Name = Annotated[
 ]
 
 
-def progress_lines(statuses: Sequence[Any]) -> list[str]:
-    """Each deployment's state in a line, with the reasons of agents that don't run."""
+def progress_lines(statuses: Sequence[Any], *, why: bool = True) -> list[str]:
+    """Each deployment's state in a line; with *why* the reasons of agents that don't run."""
     lines = []
     for status in statuses:
         mark = "ok" if status.settled else "…"
@@ -62,11 +88,42 @@ def progress_lines(statuses: Sequence[Any]) -> list[str]:
             if count := getattr(status, word):
                 counts += f", {count} {word}"
         lines.append(f"{mark:<2}  {render.clean(status.name)}: {counts}")
+        if not why:
+            continue
         for agent, reason in list(status.reasons.items())[:_REASONS_SHOWN]:
             lines.append(f"      {render.clean(agent)}: {render.clean(reason)}")
         if len(status.reasons) > _REASONS_SHOWN:
             lines.append(f"      … and {len(status.reasons) - _REASONS_SHOWN} more")
     return lines
+
+
+class Calm:
+    """Lets a `Progress` say less: reasons are said of what lasts, and to a pipe not too often."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.progress = Progress(shared)
+        self._began = self._said_at = time.monotonic()
+        self._passed = 0
+
+    @property
+    def knows_why(self) -> bool:
+        """Whether it has lasted so long that reasons are worth a line."""
+        return time.monotonic() - self._began >= _REASONS_AFTER_S
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Replace what is shown; what has passed is always said."""
+        now = time.monotonic()
+        passed = sum(line.startswith(_PASSED) for line in lines)
+        if not self.progress.repaints:
+            if passed == self._passed and now - self._said_at < _SAID_EVERY_S:
+                return
+            lines = [line for line in lines if not line.startswith(_AHEAD)]
+        self._said_at, self._passed = now, passed
+        self.progress.show(lines)
+
+    def end(self, lines: Sequence[str] = ()) -> None:
+        """Leave *lines* standing."""
+        self.progress.end(lines)
 
 
 async def wait_settled(
@@ -82,34 +139,87 @@ async def wait_settled(
         RolloutFailedError: one of *changed* was rolled back.
         NotSettledError: not in time; says why, per agent.
     """
-    progress = Progress(shared)
+    calm = Calm(shared)
+
+    def show(statuses: Sequence[Any]) -> None:
+        calm.show(progress_lines(statuses, why=calm.knows_why))
+
     try:
         return list(
             await cluster.deployments.wait_settled(
-                names,
-                timeout=timeout_s,
-                changed=changed,
-                on_progress=lambda statuses: progress.show(progress_lines(statuses)),
+                names, timeout=timeout_s, changed=changed, on_progress=show
             )
         )
     finally:
-        progress.clear()
+        calm.end()
 
 
 async def apply_and_wait(
     cluster: Cluster, shared: Shared, manifest: Path, wait_s: float
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Apply *manifest*; returns the changes, and wish and fact of all it names."""
-    names = [item.name for item in cluster.deployments.read(manifest)]
-    changes = [change_json(change) for change in await cluster.deployments.apply(manifest)]
-    if shared.format is Output.TABLE:
-        for change in changes:
-            render.talk(change_text(change))
-    if wait_s > 0:
-        changed = [item["name"] for item in changes if item["restarts"]]
-        return changes, await wait_settled(cluster, shared, names, wait_s, changed)
-    known = {status.name: status for status in await cluster.deployments.list()}
-    return changes, [known[name] for name in names if name in known]
+) -> dict[str, Any]:
+    """Deploy *manifest*, showing the phases; the document that `deploy -o json` prints."""
+    deployments = cluster.deployments.read(manifest)
+    names = [item.name for item in deployments]
+    if wait_s <= 0:
+        changes = [change_json(item) for item in await cluster.deployments.apply(deployments)]
+        if shared.format is Output.TABLE:
+            for change in changes:
+                render.talk(change_text(change))
+        known = {status.name: status for status in await cluster.deployments.list()}
+        return _document([], changes, [known[name] for name in names if name in known])
+    calm = Calm(shared)
+    shown: list[Any] = []
+
+    def on_progress(report: Any) -> None:
+        if report.changes and not shown and shared.format is Output.TABLE:
+            shown.extend(report.changes)
+            calm.progress.clear()
+            for item in report.changes:
+                render.talk(change_text(change_json(item)))
+        shown_lines[:] = phase_lines(report, why=calm.knows_why)
+        calm.show(shown_lines)
+
+    shown_lines: list[str] = []
+    try:
+        report = await cluster.deployments.deploy(
+            deployments, timeout=wait_s, on_progress=on_progress
+        )
+    finally:
+        calm.end([line for line in shown_lines if not line.startswith(_AHEAD)])
+    changes = [change_json(item) for item in report.changes]
+    return _document(report.phases, changes, report.statuses)
+
+
+def _document(
+    phases: Sequence[Any], changes: list[dict[str, Any]], statuses: Sequence[Any]
+) -> dict[str, Any]:
+    return {
+        "schema": f"{render.SCHEMA}/deploy",
+        "phases": render.plain(list(phases)),
+        "ms": round(sum(phase.ms or 0.0 for phase in phases), 1),
+        "changes": changes,
+        "deployments": render.plain(list(statuses)),
+    }
+
+
+def phase_lines(report: Any, *, why: bool) -> list[str]:
+    """Each phase in a line; under the one that is waiting for agents, those that are not there."""
+    lines = []
+    for phase in report.phases:
+        mark = _PHASE_MARKS[str(phase.state)]
+        took = "" if phase.ms is None else f"  ({_duration(phase.ms)})"
+        text = f"{mark:<4}{phase.name!s:<10}{render.clean(phase.text) if phase.text else ''}"
+        lines.append(f"{text}{took}".rstrip())
+        if str(phase.name) == "agents" and str(phase.state) in ("under_way", "failed"):
+            waiting = [status for status in report.statuses if not status.settled]
+            lines += [f"    {line}" for line in progress_lines(waiting[:_WAITING_SHOWN], why=why)]
+            if len(waiting) > _WAITING_SHOWN:
+                lines.append(f"    … and {len(waiting) - _WAITING_SHOWN} deployments more")
+    return lines
+
+
+def _duration(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
 
 
 def change_json(change: Any) -> dict[str, Any]:
@@ -157,7 +267,7 @@ def deploy(
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would change.")] = False,
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
 ) -> None:
-    """Store what shall run, and wait until it does.
+    """Store what shall run, and wait until it does: cluster, core services, agents, health.
 
     Example: foundation deploy agents.yaml --wait 1m
     """
@@ -165,11 +275,13 @@ def deploy(
         _plan(shared, manifest, exit_code=False)
         return
 
-    async def main() -> list[Any]:
+    async def main() -> dict[str, Any]:
         async with connected(shared) as cluster:
-            return (await apply_and_wait(cluster, shared, manifest, wait))[1]
+            return await apply_and_wait(cluster, shared, manifest, wait)
 
-    _show(shared, run(main))
+    found = run(main)
+    if not render.document(shared, found):
+        render.table(DEPLOYMENT_COLUMNS, found["deployments"])
 
 
 def _show(shared: Shared, statuses: list[Any]) -> None:
@@ -214,7 +326,19 @@ def plan_json(preview: Any) -> dict[str, Any]:
         "changes": changes,
         "placements": render.plain(preview.placements),
         "unplaceable": render.plain(preview.unplaceable),
+        "restarting": _by_number(preview.restarting),
+        "leaving": _by_number(preview.leaving),
     }
+
+
+def _by_number(agents: dict[str, str]) -> dict[str, str]:
+    """In the order of their numbers: NAME-10 after NAME-9."""
+
+    def key(agent: str) -> tuple[str, int, str]:
+        name, _, number = agent.rpartition("-")
+        return (name, int(number), "") if number.isdecimal() else (agent, -1, agent)
+
+    return {agent: agents[agent] for agent in sorted(agents, key=key)}
 
 
 def show_plan(found: dict[str, Any]) -> None:
@@ -223,15 +347,14 @@ def show_plan(found: dict[str, Any]) -> None:
         render.write(change_text(change))
     if not found["differences"]:
         render.write("Nothing would change.")
-    placements = list(found["placements"].items())
-    if placements:
+    fates = [
+        (mark, agent, node, how) for key, mark, how in _FATES for agent, node in found[key].items()
+    ]
+    if fates:
         render.write("")
-        render.table(
-            (Column("agent", lambda p: p[0]), Column("would start on", lambda p: p[1])),
-            placements[:_PLACEMENTS_SHOWN],
-        )
-        if len(placements) > _PLACEMENTS_SHOWN:
-            render.write(f"… and {len(placements) - _PLACEMENTS_SHOWN} more")
+        render.table(_FATE_COLUMNS, fates[:_PLACEMENTS_SHOWN])
+        if len(fates) > _PLACEMENTS_SHOWN:
+            render.write(f"… and {len(fates) - _PLACEMENTS_SHOWN} more (-o json has all)")
     for agent, reasons in list(found["unplaceable"].items())[:_PLACEMENTS_SHOWN]:
         why = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "no node is up"
         render.write(
@@ -245,17 +368,25 @@ def scale(
     name: _Name,
     replicas: Annotated[int, typer.Argument(metavar="N", min=0, help="How many agents.")],
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
+    purge: _Purge = False,
 ) -> None:
-    """Change how many agents a deployment has.
+    """Change how many agents a deployment has; the highest numbers leave first.
+
+    Those that leave finish the signal in hand. Their state and what is in their mailboxes are kept
+    and found again when the deployment grows, unless they are purged.
 
     Example: foundation scale counters 5
     """
+    _check_purge(purge, wait)
 
     async def main() -> list[Any]:
         async with connected(shared) as cluster:
             await _with_suggestion(cluster, name, cluster.deployments.scale(name, replicas))
             if wait > 0:
-                return await wait_settled(cluster, shared, [name], wait)
+                found = await wait_settled(cluster, shared, [name], wait)
+                if purge:
+                    await _purged(cluster, shared, name)
+                return found
             return [await cluster.deployments.status(name)]
 
     _show(shared, run(main))
@@ -266,21 +397,41 @@ def delete(
     shared: Shared,
     name: _Name,
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
+    purge: _Purge = False,
 ) -> None:
-    """Stop a deployment's agents; their state is kept.
+    """Stop a deployment's agents; their state is kept, unless it is purged.
 
     Example: foundation delete counters
     """
+    _check_purge(purge, wait)
 
-    async def main() -> None:
+    async def main() -> list[str]:
         async with connected(shared) as cluster:
             await _with_suggestion(cluster, name, cluster.deployments.delete(name))
-            if wait > 0:
-                await wait_settled(cluster, shared, [name], wait)
+            if wait <= 0:
+                return []
+            await wait_settled(cluster, shared, [name], wait)
+            return await _purged(cluster, shared, name) if purge else []
 
-    run(main)
-    if not render.document(shared, {"name": name, "deleted": True}):
+    found = run(main)
+    document: dict[str, Any] = {"name": name, "deleted": True}
+    if not render.document(shared, {**document, "purged": found} if purge else document):
         render.write(f"deleted {name}")
+
+
+def _check_purge(purge: bool, wait: float) -> None:
+    if purge and wait <= 0:
+        raise typer.BadParameter(
+            "what agents leave behind can be purged only once they have ended: don't say --wait 0.",
+            param_hint="--purge",
+        )
+
+
+async def _purged(cluster: Cluster, shared: Shared, name: str) -> list[str]:
+    found = await cluster.deployments.purge(name)
+    if shared.format is Output.TABLE:
+        render.talk(f"purged what {_agents(len(found))} left behind")
+    return found
 
 
 async def _with_suggestion(cluster: Cluster, name: str, change: Any) -> None:

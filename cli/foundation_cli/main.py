@@ -22,14 +22,21 @@ from foundation_cli import (
     deploy,
     discovery,
     doctor,
+    moves,
     node,
+    nodes,
     render,
+    resources,
     rollout,
+    schedules,
     signal,
     status,
     tap,
+    topology,
     up,
+    why,
 )
+from foundation_cli import run as patterns
 from foundation_cli.connection import group_callback
 
 _HELP = """Clusters of stateful agents over nothing but NATS.
@@ -63,16 +70,23 @@ app = typer.Typer(
 for _module in (
     up,
     node,
+    nodes,
     deploy,
     rollout,
+    moves,
     status,
+    topology,
+    resources,
     signal,
+    schedules,
     tap,
     dead,
     doctor,
     discovery,
     consensus,
+    patterns,
     chaos,
+    why,
 ):
     _module.register(app)
 

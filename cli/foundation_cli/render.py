@@ -296,6 +296,19 @@ class Progress:
         self._painted = 0
         self._said: set[str] = set()
 
+    @property
+    def repaints(self) -> bool:
+        """Whether what is shown is replaced, rather than followed, by what comes next."""
+        return self._repaint
+
+    def end(self, lines: Sequence[str] = ()) -> None:
+        """Show *lines* and leave them standing."""
+        if lines:
+            self.show(lines)
+            self._painted = 0
+        else:
+            self.clear()
+
     def show(self, lines: Sequence[str]) -> None:
         """Replace what was shown by *lines*."""
         if self._silent:

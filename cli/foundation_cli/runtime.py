@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+_LOGS_KEPT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +46,38 @@ def make_runtime_dir() -> Path:
     return folder
 
 
+def make_log_dir(cluster: str) -> Path:
+    """A directory for the logs of this process's nodes.
+
+    Those of processes that were killed, or kept theirs because something failed, stay to
+    be read: the newest `_LOGS_KEPT`; older ones are taken away here.
+    """
+    parent = make_runtime_dir() / "logs"
+    folder = parent / f"{cluster}-{os.getpid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    dead = [path for path in parent.iterdir() if not _has_process(path)]
+    for path in sorted(dead, key=_modified, reverse=True)[_LOGS_KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def _has_process(folder: Path) -> bool:
+    pid = folder.name.rpartition("-")[2]
+    return pid.isdecimal() and process_start(int(pid)) is not None
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def process_start(pid: int) -> str | None:
     """A text that differs between two processes of one pid; None: there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            return ""
-        return ""
-    except OSError:
-        return ""
-    # The name in parentheses may hold blanks; state is the first field after it.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
+    from foundation_nats.base.process import process_start
+
+    return process_start(pid)
 
 
 def path_of(cluster: str) -> Path:

@@ -1,8 +1,9 @@
-"""Commands that talk to agents: `send` stores a signal, `ask` waits for the reply.
+"""Commands that talk to agents: `send` stores a signal, `ask` waits for replies, `signal` looks one up.
 
 `send` to an id nobody knows is refused with exit code 4, because a typing
 error would otherwise wait in a mailbox for ever; ``--queue`` stores it all the
-same. A repeated `send` with the same ``--id`` takes effect once.
+same. A repeated `send` with the same ``--id`` takes effect once. With ``--at``, ``--after``,
+``--every`` or ``--cron`` it is sent later; `foundation schedules` lists and cancels.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import typer
 
 from foundation_cli import complete, render, values
 from foundation_cli.connection import Shared, connected, run, with_shared
+from foundation_cli.render import Column
 from foundation_cli.status import get_agent
 
-_KINDS = ("capability:", "any:", "deployment:")
+_KINDS = ("capability:", "any:", "deployment:", "label:", "topic:")
 
 _Target = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
-        help="ID, capability:NAME, any:NAME, deployment:NAME or everyone.",
+        help="ID, capability:NAME, any:NAME, deployment:NAME, label:EXPR, topic:NAME or everyone.",
         autocompletion=complete.targets,
     ),
 ]
@@ -66,25 +68,64 @@ def send(
     queue: Annotated[
         bool, typer.Option("--queue", help="Store it even if no such agent exists yet.")
     ] = False,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Send it then: 2030-01-31T12:00:00Z.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Send it so much later: 90s, 2h.")
+    ] = None,
+    every: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Send it again and again.")
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option(metavar="EXPR", help="Send it again and again: '30 9 * * MON-FRI'."),
+    ] = None,
+    zone: Annotated[str, typer.Option(metavar="ZONE", help="In which --cron is meant.")] = "UTC",
+    ttl: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Don't handle it later than so much after."),
+    ] = None,
 ) -> None:
     """Store a signal for an agent: it takes effect once.
 
     What can't take effect is found by `foundation dead list`.
 
     Example: foundation send visits counter.add '{"amount": 3}'
+    Example: foundation send visits counter.add --cron '0 9 * * *' --zone Europe/Berlin
     """
     _checked(target, type)
     payload = values.json_value(data, sys.stdin)
+    when: dict[str, Any] = {
+        "at": at,
+        "after": None if after is None else values.duration(after),
+        "every": None if every is None else values.duration(every),
+        "cron": cron,
+    }
+    is_later = any(value is not None for value in when.values())
+    ttl_s = None if ttl is None else values.duration(ttl)
 
     async def main() -> Any:
         async with connected(shared) as cluster:
             agent = _agent_id(target)
             if agent is not None and not queue:
                 await _known(cluster, agent)
-            return await cluster.send(target, type, payload, id=id, timeout=shared.timeout_s)
+            timeout = shared.timeout_s
+            if not is_later:
+                return await cluster.send(target, type, payload, id=id, timeout=timeout, ttl=ttl_s)
+            return await cluster.signals.schedule(
+                target, type, payload, id=id, timeout=timeout, ttl=ttl_s, zone=zone, **when
+            )
 
     receipt = render.plain(run(main))
-    if not render.document(shared, receipt):
+    if render.document(shared, receipt):
+        return
+    if is_later:
+        known = " (set before: nothing was added)" if receipt["duplicate"] else ""
+        name = render.clean(receipt["id"])
+        render.write(f"set {name} for {render.clean(receipt['target'])}, to be sent later{known}")
+        render.talk(f"End it with `foundation schedules cancel {name}`.")
+    else:
         known = " (stored before: nothing was added)" if receipt["duplicate"] else ""
         render.write(
             f"stored {render.clean(receipt['id'])} for {render.clean(receipt['target'])}, "
@@ -106,13 +147,29 @@ async def _known(cluster: Any, agent: str) -> None:
 
 
 @with_shared
-def ask(shared: Shared, target: _Target, type: _Type, data: _Json = None) -> None:
+def ask(
+    shared: Shared,
+    target: _Target,
+    type: _Type,
+    data: _Json = None,
+    all: Annotated[bool, typer.Option("--all", help="Ask everybody behind TARGET.")] = False,
+    quorum: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --all: enough; fewer is an error."),
+    ] = None,
+) -> None:
     """Ask an agent and print its reply; --timeout bounds the wait.
 
     Example: foundation ask visits counter.add '{"amount": 1}' --timeout 2s
+    Example: foundation ask capability:counting counter.get --all --quorum 2
     """
     _checked(target, type)
     payload = values.json_value(data, sys.stdin)
+    if quorum is not None and not all:
+        raise typer.BadParameter("it needs --all.", param_hint="--quorum")
+    if all:
+        _ask_all(shared, target, type, payload, quorum)
+        return
 
     from foundation_nats.errors import AgentNotFoundError
 
@@ -130,7 +187,99 @@ def ask(shared: Shared, target: _Target, type: _Type, data: _Json = None) -> Non
         render.write(render.json_text(reply, indent=2))
 
 
+def _ask_all(shared: Shared, target: str, type: str, payload: Any, quorum: int | None) -> None:
+    async def main() -> dict[str, Any]:
+        async with connected(shared) as cluster:
+            answers = await cluster.signals.ask_all(
+                target, type, payload, quorum=quorum, timeout=shared.timeout_s
+            )
+            return {
+                "asked": len(answers.asked),
+                "results": answers.results,
+                "errors": {agent: str(error) for agent, error in answers.errors.items()},
+            }
+
+    found = render.plain(run(main))
+    if not render.document(shared, found):
+        rows = [
+            {"agent": agent, "text": render.json_text(reply)}
+            for agent, reply in sorted(found["results"].items())
+        ]
+        rows += [
+            {"agent": agent, "text": f"! {error}"}
+            for agent, error in sorted(found["errors"].items())
+        ]
+        columns = (
+            Column("agent", lambda row: row["agent"]),
+            Column("reply", lambda row: row["text"], free=True),
+        )
+        render.table(columns, rows, empty="Nobody is behind it.")
+        render.talk(f"{len(found['results'])} of {found['asked']} have answered.")
+
+
+_DELIVERIES = (
+    Column("agent", lambda d: d["agent"]),
+    Column("state", lambda d: d["state"]),
+    Column("accepted", lambda d: render.age(d["accepted_at"]) if d["accepted_at"] else None),
+    Column("sequence", lambda d: d["sequence"], right=True),
+    Column("node", lambda d: d["handled_by"]),
+    Column("epoch", lambda d: d["epoch"], right=True),
+    Column("took ms", lambda d: d["took_ms"], right=True),
+    Column("tries", lambda d: d["attempts"], right=True),
+    Column("emitted", lambda d: d["emitted"], right=True),
+    Column("dead", lambda d: d["dead_number"], right=True),
+    Column("reason", lambda d: d["reason"], free=True),
+)
+
+
+@with_shared
+def signal(
+    shared: Shared,
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `send` printed it.")],
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Look into its mailbox alone.", autocompletion=complete.agents
+        ),
+    ] = None,
+) -> None:
+    """Show what became of a signal: accepted, handled where, how long, with what effects.
+
+    Handled signals are known for a minute or so, dead letters until they are discarded.
+
+    Example: foundation signal order-17
+    """
+
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            return await cluster.signals.get(id, agent=agent)
+
+    found = render.plain(run(main))
+    if render.document(shared, found):
+        return
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(found["counts"].items()))
+    rows = [
+        ("signal", found["id"]),
+        ("state", found["state"]),
+        ("type", found["type"]),
+        ("from", found["source"]),
+        ("for", found["target"]),
+        ("due", found["due"]),
+        ("deadline", found["deadline"]),
+        ("receivers", counts or None),
+    ]
+    render.record([row for row in rows if row[1] is not None])
+    if found["deliveries"]:
+        render.table(_DELIVERIES, found["deliveries"], empty="")
+    for effect in found["effects"]:
+        render.write(
+            f"emitted {render.clean(effect['type'])} for {render.clean(effect['target'])}, "
+            f"sequence {effect['sequence']}"
+        )
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to *app*."""
     app.command()(send)
     app.command()(ask)
+    app.command()(signal)

@@ -1,4 +1,4 @@
-"""Commands that show what there is: status, nodes, agents, agent, deployments, leader.
+"""Commands that show what there is: status, agents, agent, deployments, leader; the nodes' columns.
 
 Read only. JSON shapes are part of the contract: lists for `nodes`, `agents` and
 `deployments`, one object for the others; new fields may come, none goes.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation_cli import complete, render
-from foundation_cli.connection import Shared, connected, run, with_shared
+from foundation_cli.connection import Output, Shared, connected, run, with_shared
 from foundation_cli.render import Column
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ NODE_COLUMNS = (
     Column("labels", lambda n: render.labels_text(n["labels"])),
     Column("offers", lambda n: ",".join(n.get("capabilities") or [])),
     Column("host", lambda n: n.get("host")),
+    Column("cordon", lambda n: _cordon(n), free=True),
 )
 DEPLOYMENT_COLUMNS = (
     Column("name", lambda d: d["name"]),
@@ -105,6 +106,11 @@ async def overview(cluster: Cluster) -> dict[str, Any]:
     }
 
 
+def _cordon(node: dict[str, Any]) -> str:
+    """Why the node gets no agents, where that is so."""
+    return (node.get("cordon_reason") or "yes") if node.get("cordoned") else ""
+
+
 def _counts(numbers: dict[str, int], always: str) -> str:
     parts = [
         f"{count} {render.status_word(word)}"
@@ -121,11 +127,17 @@ def status(shared: Shared) -> None:
     Example: foundation status -o json
     """
 
-    async def main() -> dict[str, Any]:
-        async with connected(shared) as cluster:
-            return await overview(cluster)
+    async def main() -> tuple[dict[str, Any], str | None]:
+        # Imported here: `moves` needs this module's own.
+        from foundation_cli.moves import offer
 
-    found = run(main)
+        async with connected(shared) as cluster:
+            found = await overview(cluster)
+            if shared.format is not Output.TABLE:
+                return found, None
+            return found, await offer(cluster, await cluster.nodes.list())
+
+    found, hint = run(main)
     if render.document(shared, found):
         return
     render.write(f"cluster  {render.clean(found['cluster'])} at {render.clean(found['server'])}")
@@ -135,22 +147,8 @@ def status(shared: Shared) -> None:
     if found["deployments"]:
         render.write("")
         render.table(DEPLOYMENT_COLUMNS, found["deployments"])
-
-
-@with_shared
-def nodes(shared: Shared) -> None:
-    """List the nodes.
-
-    Example: foundation nodes -o json
-    """
-
-    async def main() -> Any:
-        async with connected(shared) as cluster:
-            return render.plain(await cluster.nodes.list())
-
-    found = run(main)
-    if not render.document(shared, found):
-        render.table(NODE_COLUMNS, found, empty="No nodes. Start one with `foundation node start`.")
+    if hint is not None:
+        render.talk(hint)
 
 
 @with_shared
@@ -201,6 +199,10 @@ def agent(
     id: Annotated[
         str, typer.Argument(metavar="ID", help="The agent's id.", autocompletion=complete.agents)
     ],
+    release: Annotated[
+        bool,
+        typer.Option("--release", help="Try a failed agent again at once, out of quarantine."),
+    ] = False,
 ) -> None:
     """Show one agent: where it runs, and its stored state.
 
@@ -209,6 +211,8 @@ def agent(
 
     async def main() -> dict[str, Any]:
         async with connected(shared) as cluster:
+            if release:
+                await cluster.agents.release(id)
             info = await get_agent(cluster, id)
             found: dict[str, Any] = {"schema": f"{render.SCHEMA}/agent", **render.plain(info)}
             found["stored"] = render.plain(await cluster.agents.state(id))
@@ -319,7 +323,26 @@ def leader(shared: Shared) -> None:
         render.record([(name, found[name]) for name in ("holder", "term", "incarnation", "ttl_s")])
 
 
+@with_shared
+def failover(shared: Shared) -> None:
+    """Fail over now what the storm brake holds back: the lost nodes are really gone.
+
+    When many nodes seem dead at once, it is more likely that the network is sick: nothing is
+    moved for half a minute. This says that it is real.
+
+    Example: foundation failover
+    """
+
+    async def main() -> list[str]:
+        async with connected(shared) as cluster:
+            return await cluster.nodes.force_failover()
+
+    told = run(main)
+    if not render.document(shared, {"told": told}):
+        render.write(f"told {', '.join(told) or 'nobody'}")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to *app*."""
-    for command in (status, nodes, agents, agent, deployments, leader):
+    for command in (status, agents, agent, deployments, leader, failover):
         app.command()(command)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -47,8 +46,6 @@ READY_TIMEOUT_S = 30.0
 _STOP_AGAIN_AFTER_S = 0.15
 _STOP_TIMEOUT_S = 5.0
 _RESPAWN_AFTER_S = 1.0
-_LOG_TAIL_LINES = 4
-_RAISED = re.compile(r"(error:|[\w.]*(Error|Exception):) \S")
 _SIGNALS_LIMIT = "FOUNDATION_MAILBOX__SIGNALS_MAX_BYTES"
 _SERVER_LOOK_EVERY_S = 0.5
 
@@ -260,9 +257,7 @@ class Up:
         return line
 
     async def _start_nodes(self) -> None:
-        logs = runtime.make_runtime_dir() / "logs" / f"{self._options.cluster}-{os.getpid()}"
-        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._state.logs = logs
+        logs = self._state.logs = runtime.make_log_dir(self._options.cluster)
         for number in range(1, self._options.nodes + 1):
             name = f"node-{number}"
             log = logs / f"{name}.log"
@@ -335,6 +330,7 @@ class Up:
         """
         import asyncio
 
+        from foundation_nats.base.process import log_tail
         from foundation_nats.errors import ServerError
 
         while True:
@@ -474,17 +470,6 @@ class Up:
         if self._options.cluster != DEFAULT_CLUSTER:
             flags += f"-c {self._options.cluster} "
         return flags
-
-
-def log_tail(path: Path) -> str:
-    """Why a process ended, as far as its log says: the last error raised, else its last lines."""
-    try:
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    except OSError:
-        return "it wrote no log"
-    lines = [line for line in lines if line]
-    raised = [line for line in lines if _RAISED.match(line)]
-    return " | ".join(raised[-1:] or lines[-_LOG_TAIL_LINES:]) or "it wrote no log"
 
 
 def default_workers(nodes: int) -> int:

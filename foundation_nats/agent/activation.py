@@ -45,10 +45,11 @@ from foundation_nats.agent.agent import (
     unhandled,
     validated,
 )
+from foundation_nats.agent.emissions import answer, expired, outbox_items
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.agent.state import dump_state, load_state
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.bus.rpc import REPLY_PREFIX, error_body, to_json
 from foundation_nats.bus.streams import PubAck, StoredMessage
@@ -56,6 +57,7 @@ from foundation_nats.bus.wire import Message, Route
 from foundation_nats.errors import (
     AgentUnavailableError,
     BusError,
+    ExpiredError,
     FoundationError,
     HandlerError,
     PayloadInvalidError,
@@ -64,8 +66,8 @@ from foundation_nats.errors import (
     UnhandledSignalError,
 )
 from foundation_nats.node.blackbox import STARTING
-from foundation_nats.signaling.envelope import emitted_id, encode_envelope
-from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom, TargetKind
+from foundation_nats.signaling.envelope import emitted_id
+from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom
 
 if TYPE_CHECKING:
     from foundation_nats.agent.runtime import Runtime
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
 _UNCOMMITTED_MAX = 256
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
+_REASON_MAX = 1000
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""
 
@@ -149,6 +152,7 @@ class Activation:
         "salt",
         "scheduled",
         "seen",
+        "skip",
         "starting",
         "state_json",
         "stopped",
@@ -172,6 +176,7 @@ class Activation:
         emitted: int,
         outbox: list[OutboxItem],
         recovered: RecoveredFrom | None,
+        skip: list[int],
     ) -> None:
         self.runtime = runtime
         # The record itself would cost each idle agent two kilobytes.
@@ -207,6 +212,8 @@ class Activation:
         """The stream did go back: nothing is taken in until the cursor has followed."""
         self.seen = 0
         """The highest sequence heard of; catching up goes on until it is reached."""
+        self.skip = skip
+        """Signals beyond the cursor that were given to another agent (`signaling/rerouter.py`)."""
         self.commit_no = commit_no
         self.revision = revision
         self.salt = salt
@@ -243,6 +250,8 @@ class Activation:
             self._on_live(message)
         elif message.subject.endswith(".ask") and message.reply.startswith(REPLY_PREFIX):
             self._on_ask(message)
+        elif message.subject.endswith(".trace") and message.reply.startswith(REPLY_PREFIX):
+            self._send_reply(message.reply, self.runtime.trace.answer(self.id, message.data))
 
     def _on_live(self, message: Message) -> None:
         failpoint("live.received")
@@ -452,6 +461,7 @@ class Activation:
             self.cursor = self.fetched = place
             # Numbers will come again: what they cause must not get the ids of before.
             self.salt = token_hex(8)
+            self.skip = []
             self.cautious = False
             self.runtime.attempts.pop(self.id, None)
             self.dirty = True
@@ -463,6 +473,9 @@ class Activation:
 
     async def _handle_stored(self, item: _Stored) -> None:
         if item.sequence <= self.cursor:
+            return
+        if self.skip and item.sequence in self.skip:
+            self._advance(item)
             return
         if self.cautious and not await self._may_try(item):
             return
@@ -491,6 +504,9 @@ class Activation:
             return
         attempt = 1
         while True:
+            if (late := expired(self.id, body)) is not None:
+                self._bury(item, body, late, attempts=attempt - 1)
+                return
             signal = Signal(
                 id=signal_id,
                 source=source,
@@ -501,9 +517,19 @@ class Activation:
                 traceparent=body.get("traceparent"),
                 sequence=item.sequence,
                 attempt=attempt,
+                deadline=body.get("deadline"),
             )
-            failure = await self._try(handling, signal)
+            began, before = monotonic(), self.emitted
+            failure = await self._try(handling, signal, body.get("replyto"))
             if failure is None:
+                self.runtime.trace.add(
+                    self.id,
+                    item.sequence,
+                    self.epoch,
+                    monotonic() - began,
+                    attempt,
+                    self.emitted - before,
+                )
                 self._advance(item)
                 return
             if isinstance(failure, StateTooLargeError):
@@ -534,10 +560,14 @@ class Activation:
         self.dirty = True
         self.uncommitted += 1
 
-    async def _try(self, handling: Handling | None, signal: Signal[Any]) -> FoundationError | None:
+    async def _try(
+        self, handling: Handling | None, signal: Signal[Any], reply_to: Any
+    ) -> FoundationError | None:
         """Handle one signal; effects are kept only if this returns None."""
         try:
-            await self._call(handling, signal)
+            result = await self._call(handling, signal)
+            if reply_to is not None:
+                self.agent.ctx._emissions += answer(reply_to, {"ok": result})
             self._effects(self._checked_state(), seed=str(signal.sequence), signal=signal)
             return None
         except asyncio.CancelledError:
@@ -619,27 +649,16 @@ class Activation:
         self, emissions: list[Emission], seed: str, signal: Signal[Any] | None
     ) -> list[OutboxItem]:
         runtime = self.runtime
-        items = []
-        size = 0
-        for index, emission in enumerate(emissions):
-            target = str(emission.target)
-            msg_id = emitted_id(self.salt, seed, index, target)
-            subject = (
-                runtime.subjects.mailbox(emission.target.name)
-                if emission.target.kind is TargetKind.AGENT
-                else runtime.subjects.route(emission.target)
-            )
-            body = encode_envelope(
-                id=msg_id,
-                source=f"agent:{self.id}",
-                type=emission.type,
-                target=target,
-                data=emission.data,
-                traceparent=None if signal is None else signal.traceparent,
-                cause=None if signal is None else signal.id,
-            )
-            size += len(body)
-            items.append(OutboxItem(subject, msg_id, body))
+        items = outbox_items(
+            runtime.subjects,
+            self.id,
+            emissions,
+            salt=self.salt,
+            seed=seed,
+            emitted=self.emitted,
+            signal=signal,
+        )
+        size = sum(len(item.body) for item in items)
         if size > runtime.emit_max_bytes:
             raise PayloadTooLargeError(
                 f"{self.id} emitted {size:,} bytes for one signal; "
@@ -684,10 +703,27 @@ class Activation:
         msg_id = emitted_id(self.salt, str(item.sequence), -1, subject)
         self.outbox[msg_id] = OutboxItem(subject, msg_id, payload)
         self.outbox_bytes += len(payload)
+        if body is not None and "replyto" in body and not isinstance(error, ExpiredError):
+            self._answer_buried(item, body, error)
         self._advance(item)
         self.runtime.log.warning(
             "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
         )
+
+    def _answer_buried(self, item: _Stored, body: dict[str, Any], error: FoundationError) -> None:
+        """Whoever waits for the answer learns why there is none; who set a deadline knows it."""
+        said = {"error": {"code": error.code, "message": str(error)[:_REASON_MAX]}}
+        for reply in outbox_items(
+            self.runtime.subjects,
+            self.id,
+            answer(body["replyto"], said, cause=body.get("id")),
+            salt=self.salt,
+            seed=f"buried-{item.sequence}",
+            emitted=self.emitted,
+            signal=None,
+        ):
+            self.outbox[reply.msg_id] = reply
+            self.outbox_bytes += len(reply.body)
 
     async def _may_try(self, item: _Stored) -> bool:
         """Write down that a signal which ended a worker is tried again; False: it was tried enough."""
@@ -735,6 +771,8 @@ class Activation:
         try:
             if handling is None and not signal_type.startswith("cluster."):
                 raise self._unhandled(signal_type)
+            if (late := expired(self.id, body)) is not None:
+                raise late
             signal = Signal(
                 id=body["id"],
                 source=body["source"],
@@ -742,6 +780,7 @@ class Activation:
                 data=validated(handling, signal_type, body.get("data")),
                 time=body.get("time"),
                 traceparent=body.get("traceparent"),
+                deadline=body.get("deadline"),
             )
             result = to_json(await self._call(handling, signal))
             self._effects(
@@ -793,6 +832,8 @@ class Activation:
         if not self.runtime.may_commit(self):
             return
         failpoint("commit.before_cas")
+        if self.skip:
+            self.skip = [sequence for sequence in self.skip if sequence > self.cursor]
         items = list(self.outbox.values())
         payload = encode_record(
             epoch=self.epoch,
@@ -807,6 +848,7 @@ class Activation:
             outbox=[] if planted("drop_outbox") else items,
             attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
             outbox_since=self.recovered_at if self.recovering else "",
+            skip=self.skip,
         )
         self.commit_no += 1
         self.in_flight = [payload, self.cursor, items, self._awaiting]
@@ -1020,6 +1062,7 @@ class Activation:
             return
         if self.route is not None:
             self.runtime.bus.unsubscribe(self.route)
+        failpoint("release.before")
         if not self.starting and self.failure is None:
             self.agent.ctx._begin(None)
             try:
@@ -1041,6 +1084,7 @@ class Activation:
                     await self._wait_committed()
         except (TimeoutError, _Abandon):
             pass  # the record holds the outbox; the next activation publishes it
+        failpoint("release.after")
         self.runtime.ended(self)
 
     def refuse_queued(self) -> None:

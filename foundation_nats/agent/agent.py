@@ -15,17 +15,30 @@ import inspect
 import random
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
 from foundation_nats.agent.state import State
 from foundation_nats.errors import ConfigError, PayloadInvalidError, UnhandledSignalError
-from foundation_schemas import RecoveredFrom, Target
+from foundation_nats.signaling.schedules import (
+    Timer,
+    check_timer_name,
+    deadline_text,
+    read_time,
+    timer_of,
+)
+from foundation_schemas import RecoveredFrom, Subscription, SubscriptionMode, Target
 from foundation_schemas.base import is_name
+
+if typing.TYPE_CHECKING:
+    from foundation_nats.bus.connection import Bus
+    from foundation_nats.bus.subjects import Subjects
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,6 +51,7 @@ class Signal(Generic[T]):
         "attempt",
         "cause",
         "data",
+        "deadline",
         "id",
         "sequence",
         "source",
@@ -58,6 +72,7 @@ class Signal(Generic[T]):
         traceparent: str | None = None,
         sequence: int = 0,
         attempt: int = 1,
+        deadline: str | None = None,
     ) -> None:
         self.id = id
         self.source = source
@@ -70,6 +85,8 @@ class Signal(Generic[T]):
         self.traceparent = traceparent
         self.sequence = sequence
         """Its place in the mailbox; 0 for an ask."""
+        self.deadline = None if deadline is None else _read_deadline(deadline)
+        """After it the signal is not handled; hand it on by ``emit(…, deadline=signal.deadline)``."""
         self.attempt = attempt
         """1 at the first try; grows when the handler raised."""
 
@@ -84,6 +101,11 @@ class Emission:
     target: Target
     type: str
     data: Any
+    deadline: str | None = None
+    timer: Timer | None = None
+    """For later; its `generation` is given when it is stored."""
+    name: str = ""
+    """Of the timer."""
 
 
 class Context:
@@ -92,14 +114,21 @@ class Context:
     __slots__ = (
         "_emissions",
         "_gauges",
+        "_guards",
         "_keys",
         "_stop_reason",
         "agent_id",
+        "bus",
         "config",
         "epoch",
         "node",
         "signal",
+        "subjects",
     )
+    bus: Bus
+    """With `subjects`: for the patterns of `foundation_nats.coordination`, as in ``lock(self.ctx, …)``;
+    effects of those are outside (P8). Not there in plain tests."""
+    subjects: Subjects
 
     def __init__(
         self, agent_id: str, *, config: dict[str, Any] | None = None, node: str = "", epoch: int = 0
@@ -114,6 +143,7 @@ class Context:
         self._keys = 0
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
+        self._guards: Guards | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -139,6 +169,115 @@ class Context:
     async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
         """Run a blocking function in a thread, so that other agents go on."""
         return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    def schedule(
+        self,
+        type: str,
+        data: Any = None,
+        *,
+        to: str | Target | None = None,
+        name: str | None = None,
+        at: datetime | str | None = None,
+        after: float | timedelta | None = None,
+        every: float | timedelta | None = None,
+        cron: str | None = None,
+        zone: str = "UTC",
+        ttl: float | None = None,
+    ) -> str:
+        """Send a signal later, once or again and again; stored together with the state.
+
+        To this agent itself unless *to* says otherwise. It outlives this activation, and the
+        agent. A later timer of the same *name* replaces this one. Returns the name.
+
+        Args:
+            at, after, every, cron: when; one of them, or *every* with a first time.
+            zone: in which *cron* is meant.
+            ttl: so many seconds after each firing it may still be handled.
+
+        Raises:
+            ValueError: an argument is wrong; says which.
+            TypeError: *data* is not JSON.
+        """
+        timer = timer_of(self.now(), at=at, after=after, every=every, cron=cron, zone=zone, ttl=ttl)
+        target = _as_target(f"agent:{self.agent_id}" if to is None else to)
+        if name is None:
+            seed = f"{self._cause}\n{len(self._emissions)}".encode()
+            name = blake2b(seed, digest_size=8).hexdigest()
+        name = check_timer_name(name)
+        self._emissions.append(
+            Emission(target, _checked_type(type), _freeze(data), timer=timer, name=name)
+        )
+        return name
+
+    def cancel(self, name: str) -> None:
+        """End the timer *name* of this agent, together with the state; one that is firing may still come."""
+        timer = Timer(self.now(), is_cancel=True)
+        target = _as_target(f"agent:{self.agent_id}")
+        self._emissions.append(
+            Emission(target, "cancel", None, timer=timer, name=check_timer_name(name))
+        )
+
+    @property
+    def _cause(self) -> str:
+        return self.signal.id if self.signal is not None else f"start-{self.epoch}"
+
+    def breaker(
+        self,
+        name: str,
+        *,
+        failures: int = 5,
+        window_s: float = 30.0,
+        pause_s: float = 5.0,
+        probes: int = 1,
+    ) -> Guard:
+        """A circuit breaker for calls to the outside: ``async with self.ctx.breaker("mail"): …``.
+
+        After *failures* within *window_s* it raises `BreakerOpenError` at once for *pause_s*, then lets
+        *probes* calls through. Shared by name in this worker; set where it is first used.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
+        return self._shared.breaker(
+            name, failures=failures, window_s=window_s, pause_s=pause_s, probes=probes
+        )
+
+    def limiter(self, name: str, *, rate: float, burst: float | None = None) -> Limiter:
+        """A limit of *rate* calls a second in this worker: ``await self.ctx.limiter(…).wait(timeout=1)``.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
+        return self._shared.limiter(name, rate=rate, burst=burst)
+
+    def bulkhead(self, name: str, *, limit: int, wait_s: float = 5.0) -> Bulkhead:
+        """At most *limit* at once in this worker: ``async with self.ctx.bulkhead("db", limit=4): …``.
+
+        Raises:
+            ConfigError: *limit* is below 1.
+        """
+        return self._shared.bulkhead(name, limit=limit, wait_s=wait_s)
+
+    async def retrying(
+        self,
+        function: Callable[[], Awaitable[R]],
+        *,
+        attempts: int = 3,
+        first_s: float = 0.1,
+        most_s: float = 10.0,
+        on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> R:
+        """Await *function* again while it raises *on*, with doubling pauses and jitter.
+
+        The mailbox waits meanwhile. The error of the last attempt, or of an open breaker, is raised.
+        """
+        return await retrying(function, attempts=attempts, first_s=first_s, most_s=most_s, on=on)
+
+    @property
+    def _shared(self) -> Guards:
+        if self._guards is None:
+            self._guards = Guards()
+        return self._guards
 
     def gauge(self, name: str, value: float) -> None:
         """Say how much of something there is now, such as work in hand; for autoscaling.
@@ -201,6 +340,10 @@ class Agent:
     """False: state lives in memory only, signals are at least once."""
     capabilities: ClassVar[typing.Collection[str]] = ()
     """What it provides: targets of ``capability:NAME`` and ``any:NAME``."""
+    labels: ClassVar[typing.Mapping[str, str]] = {}
+    """Of its own: targets of ``label:EXPRESSION``."""
+    subscriptions: ClassVar[typing.Sequence[str | Subscription]] = ()
+    """Topics whose signals it is sent; see `subscribe`."""
     critical: ClassVar[bool] = False
     """Whether it is restarted elsewhere at once when its node is lost."""
 
@@ -235,20 +378,30 @@ class Agent:
         """The ``config`` of the manifest entry, or of `agents.start`."""
         return self.ctx.config
 
-    def emit(self, type: str, data: Any = None, *, to: str | Target) -> None:
+    def emit(
+        self,
+        type: str,
+        data: Any = None,
+        *,
+        to: str | Target,
+        ttl: float | None = None,
+        deadline: datetime | None = None,
+    ) -> None:
         """Send a signal because of the one in hand, once its effects are stored.
 
         It reaches the receiver's state exactly once, and not at all if this
-        handler raises. *data* is taken as it is now.
+        handler raises. *data* is taken as it is now. After *ttl* seconds, or after
+        *deadline*, it is not handled any more; ``deadline=signal.deadline`` hands on that of
+        the signal in hand.
 
         Raises:
-            ValueError: *to* is no target.
+            ValueError: *to* is no target, or *ttl* is not positive.
             TypeError: *data* is not JSON.
         """
-        target = to if isinstance(to, Target) else Target.parse(to)
-        if not type or any(c.isspace() for c in type):
-            raise ValueError(f"{type!r} is not a signal type")
-        self.ctx._emissions.append(Emission(target, type, _freeze(data)))
+        until = deadline_text(self.ctx.now(), ttl=ttl, deadline=deadline)
+        self.ctx._emissions.append(
+            Emission(_as_target(to), _checked_type(type), _freeze(data), until)
+        )
 
     async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
         """Called before the first signal of every activation.
@@ -272,6 +425,23 @@ class Agent:
 
     async def handle_cluster_signal(self, signal: Signal[Any]) -> Any:
         """Called for signals of type ``cluster.*`` that have no handler of their own."""
+
+
+def _as_target(to: str | Target) -> Target:
+    return to if isinstance(to, Target) else Target.parse(to)
+
+
+def _checked_type(type: str) -> str:
+    if not type or any(c.isspace() for c in type):
+        raise ValueError(f"{type!r} is not a signal type")
+    return type
+
+
+def _read_deadline(text: str) -> datetime | None:
+    try:
+        return read_time(text)
+    except (ValueError, TypeError):
+        return None
 
 
 def _freeze(data: Any) -> Any:
@@ -359,6 +529,53 @@ def provided(cls: type[Agent]) -> list[str]:
         if not is_name(name):
             raise ConfigError(f"{cls.__qualname__}: {name!r} is not a valid capability name")
     return names
+
+
+A = TypeVar("A", bound=type[Agent])
+
+
+def subscribe(
+    topic: str, *, mode: str = SubscriptionMode.ALL, group: str | None = None
+) -> Callable[[A], A]:
+    """Have every agent of a class sent what is published on *topic*, as durably as any signal.
+
+    Args:
+        topic: a pattern: ``orders.*`` is one more word, ``orders.>`` one or more.
+        mode: ``all``: every agent that subscribes gets it; ``one-of-group``: one of each group.
+        group: its name; without it those of one deployment are a group.
+
+    Raises:
+        ConfigError: an argument is wrong.
+
+    Example:
+        >>> @subscribe("orders.*", mode="one-of-group")
+        ... class Billing(Agent): ...
+    """
+    try:
+        wanted = Subscription(topic=topic, mode=SubscriptionMode(mode), group=group)
+    except ValueError as error:
+        raise ConfigError(f"subscribe({topic!r}, {mode!r}): {error}") from error
+
+    def mark(cls: A) -> A:
+        cls.subscriptions = (*cls.subscriptions, wanted)
+        return cls
+
+    return mark
+
+
+def subscribed(cls: type[Agent]) -> list[Subscription]:
+    """The topics the class subscribes to.
+
+    Raises:
+        ConfigError: one of them is no topic.
+    """
+    found = [cls.subscriptions] if isinstance(cls.subscriptions, str) else cls.subscriptions
+    try:
+        return [
+            item if isinstance(item, Subscription) else Subscription(topic=item) for item in found
+        ]
+    except ValueError as error:
+        raise ConfigError(f"{cls.__qualname__}: {error}") from error
 
 
 def validated(handling: Handling | None, signal_type: str, data: Any) -> Any:

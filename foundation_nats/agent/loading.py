@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from foundation_nats.agent.agent import Agent, handlings, provided
+from foundation_nats.agent.agent import Agent, handlings, provided, subscribed
 from foundation_nats.agent.state import dump_state, first_state
 from foundation_nats.errors import ConfigError, FoundationError
 from foundation_schemas import ClassInfo
@@ -61,6 +61,9 @@ def load_class(run: str) -> type[Agent]:
             f"{run}: there is no module {module_name!r} on this node "
             "(looked in its working directory and PYTHONPATH)"
         ) from error
+    except SystemExit as error:
+        # A worker that imports it for a claim would end, and the next one, and the node.
+        raise ConfigError(f"{run}: importing it exits ({error})") from error
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
@@ -75,6 +78,7 @@ def load_class(run: str) -> type[Agent]:
         raise ConfigError(f"{run}: {class_name!r} is not a subclass of foundation_nats.Agent")
     handlings(found)
     provided(found)
+    subscribed(found)
     try:
         dump_state(first_state(found.State))
     except FoundationError as error:
@@ -88,8 +92,6 @@ def describe(run: str) -> ClassInfo:
         cls = load_class(run)
     except ConfigError as error:
         return ClassInfo(run=run, ok=False, error=str(error))
-    except SystemExit as error:
-        return ClassInfo(run=run, ok=False, error=f"{run}: importing it exits ({error})")
     return ClassInfo(
         run=run,
         ok=True,
@@ -98,4 +100,6 @@ def describe(run: str) -> ClassInfo:
         critical=cls.critical,
         doc=(cls.__doc__ or "").strip().split("\n")[0] or None,
         handles=sorted(handlings(cls)),
+        labels=dict(cls.labels),
+        subscribe=subscribed(cls),
     )

@@ -6,6 +6,7 @@ from parts that are JSON already, because every signal's effect passes here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class OutboxItem:
     subject: str
     msg_id: str
     body: bytes
+    headers: dict[str, str] | None = None
+    """Besides the id: what makes it a timer."""
     refused_since: float | None = None
     """Since when its receiver has no room, on `monotonic`."""
     tried_since: float | None = None
@@ -45,6 +48,7 @@ def encode_record(
     outbox: list[OutboxItem],
     attempt: tuple[int, int] | None = None,
     outbox_since: str = "",
+    skip: Sequence[int] = (),
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
     body: dict[str, Any] = {
@@ -60,7 +64,12 @@ def encode_record(
         "salt": salt,
         "emitted": emitted,
         "outbox": [
-            {"subject": item.subject, "msg_id": item.msg_id, "body": orjson.Fragment(item.body)}
+            {
+                "subject": item.subject,
+                "msg_id": item.msg_id,
+                "body": orjson.Fragment(item.body),
+                **({"headers": item.headers} if item.headers else {}),
+            }
             for item in outbox
         ],
     }
@@ -68,6 +77,8 @@ def encode_record(
         body["attempt"] = attempt
     if outbox_since:
         body["outbox_since"] = outbox_since
+    if skip:
+        body["skip"] = skip
     return orjson.dumps(body)
 
 

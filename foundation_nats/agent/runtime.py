@@ -26,6 +26,7 @@ import orjson
 
 from foundation_nats.agent.activation import Activation
 from foundation_nats.agent.agent import Agent, Context
+from foundation_nats.agent.guards import Guards
 from foundation_nats.agent.loading import describe, load_class
 from foundation_nats.agent.outbox import (
     drop_published,
@@ -37,6 +38,7 @@ from foundation_nats.agent.pool import RunnerPool
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
 from foundation_nats.agent.state import dump_state, first_state, load_state
+from foundation_nats.agent.trace import Trace
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
@@ -67,6 +69,7 @@ from foundation_nats.errors import (
     StaleRevisionError,
     StateInvalidError,
 )
+from foundation_nats.node.blackbox import STARTING, importing
 from foundation_nats.node.hosting import HostContext, mark
 from foundation_schemas import (
     AgentRecord,
@@ -122,6 +125,8 @@ class Runtime:
             {"node": host.node, "incarnation": host.incarnation, "worker": host.worker}
         )
         self.attempts: dict[str, tuple[int, int]] = {}
+        self.trace = Trace()
+        self._guards = Guards()
         self._activations: dict[str, Activation] = {}
         self._fingerprint = 0
         self._claiming: dict[str, int] = {}
@@ -232,11 +237,13 @@ class Runtime:
         return sum(item.backlog for item in self._activations.values() if item.queue)
 
     def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
-        """What the replicas of these deployments have to do, of those in memory."""
+        """What the agents of these deployments have to do, of those in memory."""
         found: dict[str, list[Activation]] = {}
         for item in self._activations.values():
             # Ids of replicas are NAME-0, NAME-1 …; no other agent may be called like that.
             name = item.id.rpartition("-")[0]
+            if name not in deployments:
+                name = item.id
             if name in deployments:
                 found.setdefault(name, []).append(item)
         return {name: _measured(items) for name, items in found.items()}
@@ -252,7 +259,7 @@ class Runtime:
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind each *run* here."""
-        return [describe(run) for run in runs]
+        return [self.blackbox.call(describe, run, **importing(run)._asdict()) for run in runs]
 
     # ---- claim ------------------------------------------------------------------
 
@@ -263,7 +270,10 @@ class Runtime:
             run = record.spec.run
             if run not in classes:
                 try:
-                    classes[run] = load_class(run)
+                    # Should the import end the process, its agent is to blame.
+                    classes[run] = self.blackbox.call(
+                        load_class, run, agent=record.id, sequence=STARTING
+                    )
                 except ConfigError as error:
                     classes[run] = error
             found = classes[run]
@@ -360,6 +370,8 @@ class Runtime:
         agent.ctx = Context(
             record.id, config=record.spec.config or None, node=self.node, epoch=record.epoch
         )
+        agent.ctx._guards = self._guards
+        agent.ctx.bus, agent.ctx.subjects = self.bus, self.subjects
         if not _is_durable(record, cls):
             agent.durable = False  # type: ignore[misc]
             stored = None
@@ -369,7 +381,7 @@ class Runtime:
         else:
             agent.state = load_state(cls.State, stored.state)
             outbox = [
-                OutboxItem(item.subject, item.msg_id, orjson.dumps(item.body))
+                OutboxItem(item.subject, item.msg_id, orjson.dumps(item.body), item.headers)
                 for item in stored.outbox
             ]
         recovered = record.recovered_from
@@ -386,6 +398,7 @@ class Runtime:
             emitted=stored.emitted if stored else 0,
             outbox=outbox,
             recovered=recovered if stored or not agent.durable else None,
+            skip=stored.skip if stored else [],
         )
         if stored is not None and outbox:
             # A claim rewrites the record: what it found in the outbox is as old as before.
@@ -412,6 +425,7 @@ class Runtime:
             outbox=outbox,
             attempt=self.attempts.get(record.id) if attempt is not None else None,
             outbox_since=activation.recovered_at,
+            skip=activation.skip,
         )
         return activation, payload
 
@@ -728,9 +742,8 @@ class Runtime:
         if item.tried_since is None:
             item.tried_since = monotonic()
         try:
-            append_nowait(
-                self.bus, subject, item.body, on_ack, headers={"Nats-Msg-Id": item.msg_id}
-            )
+            headers = {"Nats-Msg-Id": item.msg_id, **(item.headers or {})}
+            append_nowait(self.bus, subject, item.body, on_ack, headers=headers)
         except FoundationError as error:
             on_ack(error)
 

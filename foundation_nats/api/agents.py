@@ -12,6 +12,7 @@ import orjson
 from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.loading import run_name
 from foundation_nats.api.refs import AgentInfo, AgentRef
+from foundation_nats.api.resources import Reservation
 from foundation_nats.base.clock import monotonic
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
@@ -19,7 +20,9 @@ from foundation_nats.errors import (
     AgentNotFoundError,
     AlreadyExistsError,
     ConfigError,
+    ConflictError,
     NotSettledError,
+    StaleRevisionError,
 )
 from foundation_schemas import (
     AgentRecord,
@@ -28,10 +31,13 @@ from foundation_schemas import (
     Deployment,
     OnNodeLoss,
     PlacementPolicy,
+    Subscription,
 )
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+
+_ATTEMPTS = 5
 
 
 class Agents:
@@ -55,6 +61,9 @@ class Agents:
         on_node_loss: str | None = None,
         config: dict[str, Any] | None = None,
         restart: str = "permanent",
+        reservation: str | Reservation | None = None,
+        labels: dict[str, str] | None = None,
+        subscribe: Collection[str | Subscription] = (),
         wait: bool = True,
         timeout: float = 10.0,
     ) -> AgentRef:
@@ -65,6 +74,11 @@ class Agents:
 
         Args:
             run: the class, or ``"module:Class"`` as the nodes can import it.
+            reservation: of `cluster.resources.reserve`: the agent starts on its node, and it
+                becomes the agent's share. If it has expired, or the node can't run the
+                agent, the agent is placed like any other.
+            labels: its own, for targets of ``label:EXPRESSION``.
+            subscribe: topics whose signals it is sent, besides those of its class.
 
         Raises:
             ConfigError: the class can't run on the nodes, or an argument is wrong.
@@ -84,6 +98,9 @@ class Agents:
                 on_node_loss=OnNodeLoss(on_node_loss) if on_node_loss else None,
                 config=config or {},
                 restart=restart,
+                reservation=reservation.id if isinstance(reservation, Reservation) else reservation,
+                labels=labels or {},
+                subscribe=list(subscribe),  # type: ignore[arg-type]
             )
             wish = Deployment(name=id, spec=spec, standalone=True)
         except ValueError as error:
@@ -143,6 +160,29 @@ class Agents:
                 return
             await asyncio.sleep(0.01)
         raise NotSettledError(f"Agent {id} has not stopped within {timeout:g} s.")
+
+    async def release(self, id: str) -> AgentInfo:
+        """Try a failed agent again at once, also one in quarantine: its failures are forgotten.
+
+        Raises:
+            AgentNotFoundError: there is none of this id.
+            ConflictError: it has not failed, or is being changed by others.
+            BusTimeoutError: outcome unknown.
+        """
+        for _ in range(_ATTEMPTS):
+            entry = await self._bucket.read(id)
+            if entry is None or entry.value is None:
+                raise self._not_found(id)
+            record = rpc.decode(AgentRecord, entry.value)
+            if record.status is not AgentStatus.FAILED:
+                raise ConflictError(f"Agent {id} is {record.status}; it has not failed.", id=id)
+            after = record.model_copy(update={"failures": 0, "reason": "released"})
+            try:
+                await self._bucket.replace(id, rpc.encode(after), expected=entry.revision)
+            except StaleRevisionError:
+                continue
+            return AgentInfo.of(after)
+        raise ConflictError(f"Agent {id} is being changed by others.", hint="Try again.", id=id)
 
     async def _record(self, id: str) -> AgentRecord | None:
         entry = await self._bucket.read(id)

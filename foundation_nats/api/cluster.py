@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from secrets import token_hex
 from types import TracebackType
@@ -16,19 +17,27 @@ from foundation_nats.api.consensus import Consensus
 from foundation_nats.api.deployments import Deployments
 from foundation_nats.api.leases import Leases
 from foundation_nats.api.letters import DeadLetters, Events
+from foundation_nats.api.moves import Mover, RebalanceReport
 from foundation_nats.api.nodes import Nodes
-from foundation_nats.api.refs import AgentRef
+from foundation_nats.api.refs import AgentInfo, AgentRef
+from foundation_nats.api.resources import Resources
+from foundation_nats.api.signals import Signals
 from foundation_nats.api.taps import Taps
+from foundation_nats.api.topology import take_topology
 from foundation_nats.api.watching import NodeChanges
+from foundation_nats.api.why import explain
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import assets
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.rpc import read_reply
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.events import Events as ClusterEvents
 from foundation_nats.cluster.registry import Registry
+from foundation_nats.cluster.topology import Topology
 from foundation_nats.config import Config
 from foundation_nats.control.desired import Desired
+from foundation_nats.control.rebalance import Rebalance
 from foundation_nats.errors import (
     AgentNotFoundError,
     AgentUnavailableError,
@@ -37,11 +46,14 @@ from foundation_nats.errors import (
     ConfigError,
     NoRespondersError,
 )
+from foundation_nats.observe.why import Story
 from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.signaling.publisher import Publisher
+from foundation_nats.signaling.schedules import deadline_text
 from foundation_schemas import AgentStatus, LeaseRecord, Receipt, Target, TargetKind
 
 _ASK_AGAIN_S = 0.05
+_MOVING_S = 0.01
 _READY_TIMEOUT_S = 10.0
 
 
@@ -65,6 +77,8 @@ class Cluster:
         self._registry: Registry | None = None
         self._desired_state: Desired | None = None
         self._changes: NodeChanges | None = None
+        self._events = ClusterEvents(bus, self.subjects, f"client:{name}")
+        self.client_name = name
         self._opening = asyncio.Lock()
         self.agents = Agents(self)
         self.nodes = Nodes(self)
@@ -74,6 +88,9 @@ class Cluster:
         self.taps = Taps(self)
         self.consensus = Consensus(self)
         self.leases = Leases(self)
+        self.mover = Mover(self)
+        self.resources = Resources(self)
+        self.signals = Signals(self)
 
     @classmethod
     def connect(
@@ -129,6 +146,21 @@ class Cluster:
         """Who leads, by the lease; None while nobody does."""
         return await self.nodes.leader()
 
+    async def topology(self, *, timeout: float = 2.0, zone_label: str = "zone") -> Topology:
+        """One picture of the cluster: nodes, zones, distances, who hears whom, partitions.
+
+        All nodes are asked at once, and each measures its distance to its server and to the
+        other nodes. Who does not answer within *timeout* is in the picture, with what is known
+        of it. The first call begins to listen to heartbeats, which costs some 0.3 s more.
+
+        Args:
+            zone_label: the nodes' label that makes the zones.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the nodes could not be read.
+        """
+        return await take_topology(self, timeout=timeout, zone_label=zone_label)
+
     # ---- signals ----------------------------------------------------------------
 
     async def send(
@@ -139,11 +171,15 @@ class Cluster:
         *,
         id: str | None = None,
         timeout: float = 5.0,
+        ttl: float | None = None,
+        deadline: datetime | None = None,
     ) -> Receipt:
         """Store a signal; it is durable once this returns.
 
         It needs no running agent: the signal waits for its receiver. A repeat
-        with the same *id* takes effect once.
+        with the same *id* takes effect once. What is not handled within *ttl* seconds, or by
+        *deadline*, is not handled any more but a dead letter with the code ``expired``. For later
+        and again and again: `signals.schedule`.
 
         Raises:
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
@@ -155,9 +191,30 @@ class Cluster:
         parsed = _target(target)
         _check_type(type)
         try:
-            return await self._publisher.send(parsed, type, data, id=id, timeout=timeout)
+            until = deadline_text(datetime.now(UTC), ttl=ttl, deadline=deadline)
+            return await self._publisher.send(
+                parsed, type, data, id=id, timeout=timeout, deadline=until
+            )
         except TypeError as error:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{type}: {error}.") from error
+
+    async def publish(
+        self,
+        topic: str,
+        type: str,
+        data: Any = None,
+        *,
+        id: str | None = None,
+        timeout: float = 5.0,
+        ttl: float | None = None,
+    ) -> Receipt:
+        """Send a signal to whoever subscribes to *topic*, such as ``orders.new``; errors as `send`.
+
+        Durable for those that subscribe by then, running or not; without any it ends there.
+        """
+        return await self.send(f"topic:{topic}", type, data, id=id, timeout=timeout, ttl=ttl)
 
     async def ask(
         self,
@@ -166,12 +223,15 @@ class Cluster:
         data: Any = None,
         *,
         timeout: float = 5.0,
+        deadline: datetime | None = None,
     ) -> Any:
         """Ask one agent and return its handler's result, as plain JSON values.
 
         At most once: the agent handles the question once or not at all, and
         what it changed is stored before the answer. ``any:`` and
-        ``capability:`` ask one running agent that provides it.
+        ``capability:`` ask one running agent that provides it. After *deadline* it is not
+        begun, by the clock of the agent's machine; without one it may still be handled
+        when nobody waits any more. `signals.ask_all` asks many.
 
         Raises:
             AgentNotFoundError: there is no such agent.
@@ -183,27 +243,40 @@ class Cluster:
         parsed = _target(target)
         _check_type(type)
         id = uuid4().hex
-        deadline = monotonic() + timeout
+        ends = monotonic() + timeout
         try:
             payload = encode_envelope(
-                id=id, source=self._publisher.source, type=type, target=str(parsed), data=data
+                id=id,
+                source=self._publisher.source,
+                type=type,
+                target=str(parsed),
+                data=data,
+                deadline=deadline_text(datetime.now(UTC), deadline=deadline),
             )
         except TypeError as error:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{type}: {error}.") from error
         agent = parsed.name if parsed.kind is TargetKind.AGENT else await self._one_of(parsed)
         subject = self.subjects.ask(agent)
+        arrived = False
         while True:
-            left = deadline - monotonic()
+            left = ends - monotonic()
             if left <= 0:
                 raise AskTimeoutError(f"{agent} did not answer within {timeout:g} s.", agent=agent)
             try:
                 reply = await self.bus.request(subject, payload, timeout=left)
                 return read_reply(reply.data)
             except NoRespondersError:
-                raise await self._why_nobody(agent) from None
+                why, moves = await self._why_nobody(agent)
+                if not moves or arrived or monotonic() + _ASK_AGAIN_S >= ends:
+                    raise why from None
+                # On its way to another node, or just there: nobody has seen the question.
+                arrived = why.details.get("status") == AgentStatus.RUNNING
+                await asyncio.sleep(_MOVING_S)
             except AgentUnavailableError:
                 # Refused before it was handled: asking again is safe.
-                if monotonic() + _ASK_AGAIN_S >= deadline:
+                if monotonic() + _ASK_AGAIN_S >= ends:
                     raise
                 await asyncio.sleep(_ASK_AGAIN_S)
             except BusTimeoutError as error:
@@ -213,11 +286,20 @@ class Cluster:
                     agent=agent,
                 ) from error
 
-    async def _why_nobody(self, agent: str) -> AgentNotFoundError | AgentUnavailableError:
+    async def _why_nobody(
+        self, agent: str
+    ) -> tuple[AgentNotFoundError | AgentUnavailableError, bool]:
+        """The error for an asker, and whether the agent is being moved just now."""
         try:
             info = await self.agents.get(agent)
         except AgentNotFoundError as error:
-            return error
+            return error, False
+        origin = info.recovered_from
+        moved = origin is not None and origin.reason == "moved"
+        moved &= info.status in (AgentStatus.STARTING, AgentStatus.RUNNING)
+        return self._unavailable(agent, info), moved or info.status is AgentStatus.MOVING
+
+    def _unavailable(self, agent: str, info: AgentInfo) -> AgentUnavailableError:
         if info.status is AgentStatus.RUNNING:
             return AgentUnavailableError(
                 f"Nobody answers for agent {agent}, which is registered on node {info.node}.",
@@ -233,8 +315,11 @@ class Cluster:
         )
 
     async def _one_of(self, target: Target) -> str:
-        if target.kind is TargetKind.EVERYONE:
-            raise ConfigError("Only one agent can be asked: name it, or use any:CAPABILITY.")
+        if target.kind in (TargetKind.EVERYONE, TargetKind.LABEL, TargetKind.TOPIC):
+            raise ConfigError(
+                "Only one agent can be asked: name it, or use any:CAPABILITY.",
+                hint="`cluster.signals.ask_all` asks many.",
+            )
         if target.kind is TargetKind.DEPLOYMENT:
             found = await self.agents.list(deployment=target.name)
         else:
@@ -244,7 +329,64 @@ class Cluster:
             raise AgentUnavailableError(f"No running agent is behind {target}.")
         return random.choice(running)
 
+    # ---- where agents run ---------------------------------------------------------
+
+    async def rebalance(
+        self,
+        strategy: str = "even_distribution",
+        *,
+        max_moves: int | None = None,
+        wait: bool = True,
+        timeout: float = 300.0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> RebalanceReport:
+        """Move running agents until the nodes are even: a few at a time, with state and signals.
+
+        Planned here and now, carried out by whoever leads. Idempotent: once it is done,
+        the next one has nothing to do. `plan_rebalance` shows the moves and makes none.
+
+        Args:
+            strategy: ``even_distribution`` (agents per worker), ``load_based`` (pressure) or
+                ``capability_based`` (how well agents and nodes match).
+            max_moves: at most so many (1,000); the most useful ones.
+            wait: until all were made; else it returns at once, and the report has no moves made.
+
+        Raises:
+            ConfigError: there is no such strategy.
+            ConflictError: another rebalance is under way.
+            NotSettledError: not done in time; it goes on.
+        """
+        return await self.mover.rebalance(
+            strategy, max_moves=max_moves, wait=wait, timeout=timeout, on_progress=on_progress
+        )
+
+    async def plan_rebalance(
+        self, strategy: str = "even_distribution", *, max_moves: int | None = None
+    ) -> Rebalance:
+        """What `rebalance` would do now.
+
+        Raises:
+            ConfigError: there is no such strategy.
+        """
+        return await self.mover.plan_rebalance(strategy, max_moves)
+
+    async def why(self, name: str) -> Story:
+        """Why an agent, a deployment or a node is as it is: what led there, and what would change it.
+
+        *name* is looked for among agents, then deployments, then nodes; ``agent:NAME``,
+        ``deployment:NAME`` and ``node:NAME`` say which. What is gone has a story as long
+        as there are events of it.
+
+        Raises:
+            NotFoundError: nobody of that name is there, or was.
+            BusUnavailableError, BusTimeoutError
+        """
+        return await explain(self, name)
+
     # ---- for the handles --------------------------------------------------------
+
+    def _emit(self, topic: str, what: str, message: str, **data: Any) -> None:
+        self._events.emit(topic, what, message, **data)
 
     async def _open_scope(self) -> TaskScope:
         if self._scope is None:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foundation_nats.api.moves import RebalanceReport
 from foundation_nats.base.clock import monotonic
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.registry import Held
-from foundation_nats.cluster.view import NodeView
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.diff import DeploymentChange, Preview, preview
 from foundation_nats.control.rollouts import Phase, Rollout, rollout_of, target_of
 from foundation_nats.control.status import deployment_status, records_of
 from foundation_nats.errors import (
     BusTimeoutError,
+    BusUnavailableError,
     ConfigError,
     DeploymentNotFoundError,
     NoRespondersError,
@@ -31,8 +32,6 @@ from foundation_schemas import (
     ClassInfo,
     Deployment,
     DeploymentStatus,
-    Load,
-    NodeRecord,
     NodeStatus,
     Revision,
     ValidateReply,
@@ -41,6 +40,10 @@ from foundation_schemas import (
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+    from foundation_nats.api.deploying import DeployReport
+
+_DESCRIBE_TIMEOUT_S = 25.0
+_DESCRIBE_RETRY_S = 0.05
 
 Progress = Callable[[list[DeploymentStatus]], None]
 Wished = Sequence[Deployment] | Path | str
@@ -93,6 +96,28 @@ class Deployments:
         desired = await self._desired()
         return await desired.apply(deployments)
 
+    async def deploy(
+        self,
+        wished: Wished,
+        *,
+        timeout: float = 30.0,
+        on_progress: Callable[[DeployReport], None] | None = None,
+    ) -> DeployReport:
+        """`apply`, and wait until every phase has passed: cluster, services, agents, health.
+
+        Args:
+            on_progress: called with the report whenever something has changed in it.
+
+        Raises:
+            ManifestError, ConfigError: wrong; nothing was stored.
+            NotSettledError: a phase did not pass in time; ``details["phases"]`` tells of all.
+            RolloutFailedError: a changed spec was rolled back, or is stuck.
+            BusUnavailableError, BusTimeoutError
+        """
+        from foundation_nats.api.deploying import Deploying
+
+        return await Deploying(self._cluster, timeout, on_progress).run(self.read(wished))
+
     async def _desired(self) -> Desired:
         return await self._cluster._open_desired()
 
@@ -112,43 +137,40 @@ class Deployments:
             "capabilities": sorted({*spec.capabilities, *info.capabilities}),
             "durable": spec.durable and info.durable,
             "critical": spec.critical or info.critical,
+            "labels": {**info.labels, **spec.labels},
+            "subscribe": [*info.subscribe, *(s for s in spec.subscribe if s not in info.subscribe)],
         }
         return item.model_copy(update={"spec": spec.model_copy(update=update)})
 
     async def _describe(self, runs: builtins.list[str]) -> dict[str, ClassInfo] | None:
         """What is behind each *run*, by the first node that answers; None if none does."""
-        for node in await self._cluster.nodes.list():
-            if node.status != NodeStatus.UP:
-                continue
-            subject = self._cluster.subjects.control_node(node.name, "validate")
-            try:
-                reply = await rpc.call(
-                    self._cluster.bus,
-                    subject,
-                    ValidateRequest(runs=runs),
-                    ValidateReply,
-                    timeout=25.0,
-                )
-            except (NoRespondersError, BusTimeoutError):
-                continue
-            return {info.run: info for info in reply.classes}
-        return None
+        deadline = monotonic() + _DESCRIBE_TIMEOUT_S
+        while True:
+            nodes = [n.name for n in await self._cluster.nodes.list() if n.status == NodeStatus.UP]
+            busy = False
+            for node in nodes:
+                try:
+                    reply = await rpc.call(
+                        self._cluster.bus,
+                        self._cluster.subjects.control_node(node, "validate"),
+                        ValidateRequest(runs=runs),
+                        ValidateReply,
+                        timeout=max(1.0, deadline - monotonic()),
+                    )
+                except (NoRespondersError, BusTimeoutError):
+                    continue
+                except BusUnavailableError:  # its workers are being started (again)
+                    busy = True
+                    continue
+                return {info.run: info for info in reply.classes}
+            if not busy or monotonic() >= deadline:
+                return None
+            await asyncio.sleep(_DESCRIBE_RETRY_S)
 
     async def plan(self, wished: Wished) -> Preview:
         """What `apply` would change, and on which node each new agent would start."""
         deployments = await self._validated(self.read(wished))
-        nodes = {}
-        for node in await self._cluster.nodes.list():
-            record = NodeRecord(
-                name=node.name,
-                incarnation=node.incarnation,
-                workers=node.workers,
-                capabilities=node.capabilities,
-                labels=node.labels,
-                capacity=node.capacity,
-            )
-            load = Load(agents=node.agents, **node.load)  # type: ignore[arg-type]
-            nodes[node.name] = NodeView(record, NodeStatus(node.status), load, True)
+        nodes = await self._cluster.nodes.views()
         leader = await self._cluster.nodes.leader()
         return preview(
             await self.wishes(),
@@ -184,6 +206,19 @@ class Deployments:
         """
         await (await self._desired()).delete(name)
 
+    async def purge(self, name: str) -> builtins.list[str]:
+        """Delete state and mailboxes of agents that it had and doesn't want any more; their ids.
+
+        After `scale` to fewer, or `delete`, once the agents have ended (`wait_settled`).
+
+        Raises:
+            NotSettledError: a node may still run some of them; nothing was deleted.
+            BusUnavailableError, BusTimeoutError: some may have been deleted; purge again.
+        """
+        from foundation_nats.api.purging import purge
+
+        return await purge(self._cluster, name)
+
     async def rollout(self, name: str) -> Rollout:
         """How far the deployment's agents have come to its present spec.
 
@@ -205,6 +240,12 @@ class Deployments:
         if wish is None:
             raise self._unknown(name)
         return builtins.list(wish.history)
+
+    async def rebalance(
+        self, strategy: str = "even_distribution", *, max_moves: int | None = None
+    ) -> RebalanceReport:
+        """`Cluster.rebalance`."""
+        return await self._cluster.rebalance(strategy, max_moves=max_moves)
 
     async def pause(self, name: str) -> Deployment:
         """Restart no further agent for a changed spec, until `resume`.
@@ -369,7 +410,7 @@ class Deployments:
         open_count = sum(status.desired - status.running for status in statuses) + left
         first = "; ".join(f"{agent}: {why}" for agent, why in list(reasons.items())[:5])
         return NotSettledError(
-            f"{open_count} agents are not as wished after {timeout:g} s."
+            f"{open_count} agents are not as wished after {round(timeout, 1):g} s."
             + (f" {first}." if first else ""),
             hint="The wish stands, and the cluster goes on trying: `foundation status` shows it.",
             reasons=reasons,

@@ -14,6 +14,7 @@ from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import StoredMessage, StreamReader
 from foundation_nats.errors import ConfigError, DeadLetterNotFoundError, DecodeError
 from foundation_nats.observe.taps import Tap
+from foundation_nats.observe.why import Numbered
 from foundation_nats.signaling.envelope import message_id
 from foundation_schemas import ClusterEvent, DeadLetter, Receipt, Target
 from foundation_schemas.base import WireModel
@@ -91,6 +92,7 @@ class DeadLetters:
         )
         # A new id: the mailbox has already consumed the old one.
         signal = {**letter.signal, "id": f"{letter.signal['id']}.replay{number}"}
+        signal.pop("deadline", None)  # it may have been given up for that
         publisher = self._cluster._publisher
         parsed = Target.parse(target)
         ack = await publisher.store(
@@ -145,6 +147,24 @@ class Events:
                 break
             start, start_time = messages[-1].sequence + 1, None
         return found
+
+    async def numbered(self, *, limit: int) -> tuple[builtins.list[Numbered], bool]:
+        """The newest *limit* events with their numbers, and whether there were older ones."""
+        state = (await self._reader.info())["state"]
+        first = int(state["first_seq"])
+        start = max(1, first, int(state["last_seq"]) - limit + 1)
+        is_cut = start > 1
+        found: builtins.list[Numbered] = []
+        for _ in range(_PAGES_MAX):
+            messages, more = await self._reader.page(None, start)
+            for message in messages:
+                event = _event(message)
+                if event is not None:
+                    found.append(Numbered(message.sequence, event))
+            if not more or not messages:
+                break
+            start = messages[-1].sequence + 1
+        return found, is_cut
 
     async def follow(self) -> AsyncIterator[ClusterEvent]:
         """Every event from now on."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import builtins
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING
 
+from foundation_nats.api.moves import DrainReport
 from foundation_nats.api.refs import NodeInfo
 from foundation_nats.api.watching import NodeChange, Watcher
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
+from foundation_nats.cluster.view import NodeView
+from foundation_nats.control.rebalance import Drain
 from foundation_nats.errors import BusTimeoutError, NodeNotFoundError, NoRespondersError
-from foundation_schemas import Heartbeat, LeaseRecord, NodeRecord, NodeStatus
+from foundation_schemas import Cordon, Heartbeat, LeaseRecord, Load, NodeRecord, NodeStatus
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
@@ -30,26 +34,70 @@ class Nodes:
     async def list(self) -> list[NodeInfo]:
         """Every node that has joined and was not forgotten, by name.
 
-        The status is what the node answers now: ``up`` or ``draining``;
-        ``suspect`` if it does not answer in time, ``down`` if nobody listens.
+        The status is what the node answers now: ``up``, or ``draining`` if it is about to
+        end or an operator empties it; ``suspect`` if it does not answer in time, ``down`` if nobody listens.
         """
         bus, subjects = self._cluster.bus, self._cluster.subjects
         entries = await Bucket(bus, subjects, "nodes").read_all()
         leader = await self.leader()
+        cordons = await self._cluster.mover.cordons()
         records = [
             rpc.decode(NodeRecord, entry.value)
             for _, entry in sorted(entries.items())
             if entry.value is not None
         ]
-        return list(await asyncio.gather(*(self._info(record, leader) for record in records)))
+        return list(
+            await asyncio.gather(
+                *(self._info(record, leader, cordons.get(record.name)) for record in records)
+            )
+        )
 
-    async def _info(self, record: NodeRecord, leader: LeaseRecord | None) -> NodeInfo:
+    async def force_failover(self) -> builtins.list[str]:
+        """Let the verdicts that the storm brake holds back take effect now, on every node.
+
+        For a person who knows that the nodes are really gone. Returns who was told.
+        """
+        bus, subjects = self._cluster.bus, self._cluster.subjects
+        told = []
+        for node in await self.list():
+            if node.status == NodeStatus.DOWN:
+                continue
+            subject = subjects.control_node(node.name, "force_failover")
+            try:
+                await rpc.tell(bus, subject, None, timeout=_ASK_S)
+            except (NoRespondersError, BusTimeoutError):
+                continue
+            told.append(node.name)
+        return told
+
+    async def views(self) -> Mapping[str, NodeView]:
+        """The nodes as a planner wants them, by name."""
+        found = {}
+        for node in await self.list():
+            record = NodeRecord(
+                name=node.name,
+                incarnation=node.incarnation,
+                workers=node.workers,
+                capabilities=node.capabilities,
+                labels=node.labels,
+                capacity=node.capacity,
+                cordoned=node.cordoned,
+                cordon_reason=node.cordon_reason,
+            )
+            load = Load(agents=node.agents, **node.load)  # type: ignore[arg-type]
+            found[node.name] = NodeView(record, NodeStatus(node.status), load, True)
+        return found
+
+    async def _info(
+        self, record: NodeRecord, leader: LeaseRecord | None, cordon: Cordon | None
+    ) -> NodeInfo:
         bus, subjects = self._cluster.bus, self._cluster.subjects
         beat: Heartbeat | None = None
         try:
             subject = subjects.control_node(record.name, "heartbeat")
             beat = await rpc.call(bus, subject, None, Heartbeat, timeout=_ASK_S)
-            status = NodeStatus.DRAINING if beat.draining else NodeStatus.UP
+            is_drained = cordon is not None and cordon.drain and cordon.drained_at is None
+            status = NodeStatus.DRAINING if beat.draining or is_drained else NodeStatus.UP
         except NoRespondersError:
             status = NodeStatus.DOWN
         except BusTimeoutError:
@@ -69,6 +117,8 @@ class Nodes:
             pid=record.pid,
             leader=leader is not None and leader.holder == record.name,
             started_at=record.started_at,
+            cordoned=cordon is not None,
+            cordon_reason="" if cordon is None else cordon.reason,
         )
 
     async def get(self, name: str) -> NodeInfo:
@@ -91,6 +141,60 @@ class Nodes:
         if entry is None or entry.value is None:
             return None
         return rpc.decode(LeaseRecord, entry.value)
+
+    # ---- maintenance -------------------------------------------------------------
+
+    async def cordon(self, name: str, *, reason: str = "") -> None:
+        """Give the node no new agents from now on; those it has stay. Idempotent.
+
+        It belongs to the node's name: also its next life is cordoned, until `uncordon`.
+
+        Raises:
+            NodeNotFoundError: none of that name has joined.
+            ConflictError: others keep changing it.
+        """
+        await self._cluster.mover.cordon(name, reason)
+
+    async def uncordon(self, name: str) -> None:
+        """Let the node get agents again; a drain that goes on ends. Idempotent.
+
+        Raises:
+            NodeNotFoundError: none of that name has joined, or was cordoned.
+            ConflictError: others keep changing it.
+        """
+        await self._cluster.mover.uncordon(name)
+
+    async def plan_drain(self, name: str) -> Drain:
+        """Where `drain` would move the node's agents, and which of them fit nowhere else.
+
+        Raises:
+            NodeNotFoundError: none of that name has joined.
+        """
+        return await self._cluster.mover.plan_drain(name)
+
+    async def drain(
+        self,
+        name: str,
+        *,
+        timeout: float = 60.0,
+        force: bool = False,
+        reason: str = "",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> DrainReport:
+        """Cordon the node and move all its agents away; returns when it is empty.
+
+        A few agents at a time, each with its state and its unread signals. The node stays up.
+        Agents that fit nowhere else stay and run; with *force* they are stopped, and wait.
+        The wish stands until `uncordon`, also if this raises: the leader goes on.
+
+        Raises:
+            NodeNotFoundError: none of that name has joined.
+            NotSettledError: not empty in time, or only agents are left that fit nowhere else:
+                `details["reasons"]` says why, per agent.
+        """
+        return await self._cluster.mover.drain(
+            name, timeout=timeout, force=force, reason=reason, on_progress=on_progress
+        )
 
     # ---- coming and going --------------------------------------------------------
 

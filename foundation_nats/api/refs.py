@@ -95,6 +95,9 @@ class NodeInfo(WireModel):
     pid: int
     leader: bool
     started_at: str = ""
+    cordoned: bool = False
+    """It gets no new agents."""
+    cordon_reason: str = ""
 
 
 __all__ = ["AgentInfo", "AgentRef", "NodeInfo"]

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.logs import get_logger
@@ -26,7 +27,7 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.bus.wire import Message, Route
 from foundation_nats.cluster.membership import Membership
-from foundation_nats.cluster.view import NodeView
+from foundation_nats.cluster.view import ClusterView, NodeView
 from foundation_nats.config import LivenessConfig
 from foundation_nats.errors import DecodeError
 from foundation_schemas import Heartbeat, NodeRecord, NodeStatus
@@ -199,6 +200,14 @@ class NodeChanges:
             self._bus.unsubscribe(self._route)
         self._membership.close()
 
+    def view(self) -> ClusterView:
+        """The nodes as this client knows them now."""
+        return ClusterView(MappingProxyType(self._corrected()), self._membership.view().revision)
+
+    def hears(self) -> frozenset[str]:
+        """The nodes whose heartbeats reach this client."""
+        return self._membership.hears()
+
     def present(self) -> list[NodeChange]:
         """The nodes that are up now, as changes."""
         return [
@@ -268,7 +277,7 @@ class NodeChanges:
                 and not self._said_goodbye(name, view.incarnation)
             ):
                 status = NodeStatus.DRAINING if beat.draining else NodeStatus.UP
-                now[name] = NodeView(view.record, status, beat.load)
+                now[name] = NodeView(view.record, status, beat.load, hears=view.hears)
                 is_corrected = True
         if is_corrected:
             # The observer has nothing more to say about it: whether it is silent again is for us.

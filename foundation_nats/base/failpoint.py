@@ -49,7 +49,15 @@ POINTS = frozenset(
         "lease.acquired",
         "lease.renew",
         "drain.mid",
+        "moves.ordered",
+        "move.before_handover",
+        "move.after_handover",
         "deadletter.before_ack",
+        "reroute.after_fence",
+        "reroute.before_delete",
+        "timer.before",
+        "timer.after_publish",
+        "timer.before_ack",
     }
 )
 """Every name in the code; a typo in a test is an error, not a test that can't fail."""

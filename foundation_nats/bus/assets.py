@@ -37,6 +37,10 @@ MIN_SERVER = (2, 14, 0)
 BUCKETS = ("nodes", "agents", "state", "desired", "leases", "settings", "coordination")
 EXPANDER = "expander"
 """The durable consumer of ROUTES that every node serves."""
+TIMEKEEPER = "timekeeper"
+"""The durable consumer of TIMERS that every node serves."""
+TIMER_ACK_WAIT_S = 5.0
+"""After so long without a word from whoever fires it, a timer that is due goes to another."""
 ROUTE_ACK_WAIT_S = 10.0
 """After so long without a word from whoever expands it, a signal for many goes to another."""
 
@@ -129,6 +133,18 @@ def declared_streams(config: Config, signals_max_bytes: int) -> list[dict[str, A
             "max_consumers": 16,
         },
         {
+            # Schedules exclude `discard: new`, and a limit would drop the oldest: there is none.
+            **common,
+            "name": names.timers_stream,
+            "subjects": [names.timers(), names.cancelled("*", "*"), names.due()],
+            "retention": "limits",
+            "discard": "old",
+            "allow_msg_schedules": True,
+            "allow_rollup_hdrs": True,
+            "allow_msg_ttl": True,
+            "max_consumers": 16,
+        },
+        {
             **common,
             "name": names.events_stream,
             "subjects": [names.events()],
@@ -199,22 +215,29 @@ async def ensure(bus: Bus, config: Config, *, missing: Missing = "refuse") -> No
     if absent:
         await _declare(bus, config, size, absent)
     names = Subjects(config.cluster)
+    await _ensure_consumer(bus, names.routes_stream, EXPANDER, names.routes(), ROUTE_ACK_WAIT_S)
+    await _ensure_consumer(bus, names.timers_stream, TIMEKEEPER, names.due(), TIMER_ACK_WAIT_S)
+
+
+async def _ensure_consumer(
+    bus: Bus, stream: str, name: str, subject: str, ack_wait_s: float
+) -> None:
     await api(
         bus,
         "CONSUMER.CREATE",
-        f"{names.routes_stream}.{EXPANDER}",
+        f"{stream}.{name}",
         {
-            "stream_name": names.routes_stream,
+            "stream_name": stream,
             "config": {
-                "name": EXPANDER,
-                "durable_name": EXPANDER,
+                "name": name,
+                "durable_name": name,
                 "ack_policy": "explicit",
-                "ack_wait": int(ROUTE_ACK_WAIT_S * _SECOND),
+                "ack_wait": int(ack_wait_s * _SECOND),
                 "max_deliver": -1,
                 "max_ack_pending": 256,
                 "deliver_policy": "all",
                 "replay_policy": "instant",
-                "filter_subject": names.routes(),
+                "filter_subject": subject,
             },
         },
     )
@@ -288,6 +311,78 @@ async def ensure_domain(bus: Bus, names: Subjects, name: str, *, replicas: int) 
             "republish": {"src": names.domain(name), "dest": names.domain_live(name)},
         },
     )
+
+
+async def ensure_queue(
+    bus: Bus,
+    names: Subjects,
+    name: str,
+    *,
+    replicas: int,
+    parts: int,
+    items_max: int,
+    ack_wait_s: float,
+    attempts: int,
+) -> dict[str, str]:
+    """Create the stream of the work queue *name* if it is missing; returns how it is set up.
+
+    Each part has one consumer; of a part with keys one item at a time is handed out, which is
+    what keeps the order of a key.
+
+    Raises:
+        ServerError: the server has no room.
+        BusTimeoutError, BusUnavailableError: the server does not answer.
+    """
+    stream = names.queue_stream(name)
+    try:
+        found = (await api(bus, "STREAM.INFO", stream))["config"]
+    except NotFoundError:
+        await _ensure_stream(
+            bus,
+            {
+                "name": stream,
+                "subjects": [names.queue(name, ">")],
+                "storage": "file",
+                "num_replicas": replicas,
+                "allow_direct": True,
+                "duplicate_window": 120 * _SECOND,
+                "retention": "workqueue",
+                "discard": "new",
+                "max_msgs": items_max,
+                "max_consumers": 1000,
+                "metadata": {
+                    "fnd.parts": str(parts),
+                    "fnd.ack_wait_s": f"{ack_wait_s:g}",
+                    "fnd.attempts": str(attempts),
+                },
+            },
+        )
+        found = (await api(bus, "STREAM.INFO", stream))["config"]
+    return dict(found.get("metadata") or {})
+
+
+async def ensure_queue_consumers(
+    bus: Bus, names: Subjects, name: str, *, parts: int, ack_wait_s: float
+) -> None:
+    """Create the consumers of a work queue that are missing."""
+    stream = names.queue_stream(name)
+
+    async def one(part: str, pending: int) -> None:
+        config = {
+            "name": part,
+            "durable_name": part,
+            "ack_policy": "explicit",
+            "ack_wait": int(ack_wait_s * _SECOND),
+            "max_deliver": -1,
+            "max_ack_pending": pending,
+            "deliver_policy": "all",
+            "replay_policy": "instant",
+            "filter_subject": names.queue(name, part),
+        }
+        body = {"stream_name": stream, "config": config}
+        await api(bus, "CONSUMER.CREATE", f"{stream}.{part}.{config['filter_subject']}", body)
+
+    await asyncio.gather(*(one(f"p{number}", 1) for number in range(parts)), one("free", 1000))
 
 
 async def _signals_bytes(bus: Bus, config: Config) -> int:

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
+import math
 import random
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
 
@@ -52,8 +53,8 @@ OnReply = Callable[[Message | BusError], None]
 
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"', re.I)
 _REBUILD_DELAY_MAX_S = 2.0
-_EXPIRY_TICK_S = 0.1
-_EXPIRY_IDLE_S = 0.3
+_EXPIRY_SLACK_S = 0.1
+"""How late a request may be said to be unanswered."""
 _LOOK_UP_SHARE = 0.5
 """Of the time a connection may take: the look-up of its servers."""
 _LOOK_AGAIN_S = 0.25
@@ -100,7 +101,9 @@ class Bus:
         self._closing = False
         self._rebuilds = 0
         self._rebuild_task: asyncio.Task[None] | None = None
-        self._expiry_task: asyncio.Task[None] | None = None
+        self._expiry_at = math.inf
+        """When `_expire` looks at the deadlines of what is pending."""
+        self._expiry_timer: asyncio.TimerHandle | None = None
         self._servers_task: asyncio.Task[None] | None = None
         self._look_up_now = asyncio.Event()
         self._looked_up = asyncio.Event()
@@ -121,8 +124,8 @@ class Bus:
             BusUnavailableError: no server was found, or none answered; names the servers
                 and the reason.
             PermissionDeniedError: the credentials were refused.
-            ConfigError: a server locator is wrong, or it or a credentials file needs something
-                that is not installed.
+            ConfigError: a server locator is wrong or needs something that is not installed;
+                or the credentials file is none.
         """
         bus = cls(config, name)
         try:
@@ -136,7 +139,6 @@ class Bus:
             raise
         bus._attach_inbox()
         bus._connected.set()
-        bus._expiry_task = asyncio.get_running_loop().create_task(bus._expire())
         if not bus._servers.is_fixed:
             bus._servers_task = asyncio.get_running_loop().create_task(bus._follow_servers())
         return bus
@@ -161,13 +163,7 @@ class Bus:
         config = self._config
         options: dict[str, Any] = {}
         if config.creds:
-            try:
-                importlib.import_module("nkeys")  # nats-py signs with it, and doesn't require it
-            except ImportError as error:
-                raise ConfigError(
-                    "A credentials file needs the package nkeys, which is not installed.",
-                    hint="Install it with `pip install nkeys`.",
-                ) from error
+            _check_credentials(config.creds)
             options["user_credentials"] = config.creds
         if config.user:
             options["user"] = config.user
@@ -203,7 +199,9 @@ class Bus:
         if self._closing:
             return
         self._closing = True
-        for task in (self._expiry_task, self._servers_task, self._rebuild_task):
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        for task in (self._servers_task, self._rebuild_task):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, BusError):
@@ -378,7 +376,10 @@ class Bus:
         token = format(self._token, "x")
         self.publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
         limit = self._config.request_timeout_s if timeout is None else timeout
-        self._pending[token] = _Pending(subject, on_reply, monotonic() + limit, many)
+        deadline = monotonic() + limit
+        self._pending[token] = _Pending(subject, on_reply, deadline, many)
+        if deadline < self._expiry_at:
+            self._expire_at(deadline)
         return token
 
     def forget(self, token: str) -> None:
@@ -463,18 +464,30 @@ class Bus:
         except Exception:  # see WireClient._process_msg
             self._log.exception("reply handler failed", subject=pending.subject)
 
-    async def _expire(self) -> None:
-        while True:
-            # Deadlines are coarse, and nobody waits for them while nothing is pending.
-            await asyncio.sleep(_EXPIRY_TICK_S if self._pending else _EXPIRY_IDLE_S)
-            now = monotonic()
-            late = [token for token, item in self._pending.items() if item.deadline <= now]
-            for token in late:
-                item = self._pending.pop(token, None)
-                if item is not None:
-                    self._fail_one(item, f"no reply on {item.subject} in time")
-            if late:
-                self._open_window()
+    def _expire_at(self, deadline: float) -> None:
+        """Look at what is pending at *deadline*, or soon: nobody waits for exact ones."""
+        if self._closing:
+            return
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        self._expiry_at = deadline + _EXPIRY_SLACK_S
+        pause = max(_EXPIRY_SLACK_S, self._expiry_at - monotonic())
+        self._expiry_timer = asyncio.get_running_loop().call_later(pause, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry_timer, self._expiry_at = None, math.inf
+        now = monotonic()
+        late = [token for token, item in self._pending.items() if item.deadline <= now]
+        for token in late:
+            item = self._pending.pop(token, None)
+            if item is not None:
+                self._fail_one(item, f"no reply on {item.subject} in time")
+        if late:
+            self._open_window()
+        # Most are answered long before: one look later than the first deadline is enough.
+        first = min((item.deadline for item in self._pending.values()), default=math.inf)
+        if first < self._expiry_at:
+            self._expire_at(first)
 
     def _fail_one(self, item: _Pending, reason: str) -> None:
         try:
@@ -589,3 +602,20 @@ def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, flo
 
 
 __all__ = ["Bus", "BusStatistics", "Message", "Route"]
+
+
+def _check_credentials(path: str) -> None:
+    """Refuse what the client would stumble over without saying what it is.
+
+    Raises:
+        ConfigError: it can't be read, or is no credentials file.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The credentials file {path} can't be read: {error}.") from error
+    if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
+        raise ConfigError(
+            f"{path} is no credentials file: it has no user JWT and seed.",
+            hint="Make one with `nsc generate creds`.",
+        )

@@ -182,22 +182,29 @@ class Bucket:
             headers[EXPECTED] = str(expected)
         await append(self._bus, self.subject(key), b"", headers=headers)
 
-    def watch(self, scope: TaskScope, on_entry: Callable[[Entry], None]) -> Watch:
+    def watch(self, scope: TaskScope, on_entry: Callable[[Entry], None], keys: str = ">") -> Watch:
         """Call *on_entry* with every key that there is, then with every change, in order.
 
-        `Watch.ready` is set once all that was there has been reported.
+        `Watch.ready` is set once all that was there has been reported. *keys* is a
+        wildcard such as ``ledger.*``.
         """
-        return Watch(self._bus, self, scope, on_entry)
+        return Watch(self._bus, self, scope, on_entry, keys)
 
 
 class Watch:
     """One live view of a bucket; it restarts itself when it may have missed something."""
 
     def __init__(
-        self, bus: Bus, bucket: Bucket, scope: TaskScope, on_entry: Callable[[Entry], None]
+        self,
+        bus: Bus,
+        bucket: Bucket,
+        scope: TaskScope,
+        on_entry: Callable[[Entry], None],
+        keys: str = ">",
     ) -> None:
         self._bus = bus
         self._bucket = bucket
+        self._keys = keys
         self._on_entry = on_entry
         self._log = get_logger("watch").bind(stream=bucket.stream)
         self.ready = asyncio.Event()
@@ -256,7 +263,7 @@ class Watch:
             "mem_storage": True,
             "num_replicas": 1,
             "replay_policy": "instant",
-            "filter_subject": self._bucket.subject(">"),
+            "filter_subject": self._bucket.subject(self._keys),
         }
         info = await self._bucket.reader.info()
         if 0 < self._last_stream_seq <= info["state"]["last_seq"]:
@@ -268,7 +275,7 @@ class Watch:
         created = await api(
             self._bus,
             "CONSUMER.CREATE",
-            f"{self._bucket.stream}.{name}.{self._bucket.subject('>')}",
+            f"{self._bucket.stream}.{name}.{self._bucket.subject(self._keys)}",
             {"stream_name": self._bucket.stream, "config": config, "action": "create"},
         )
         if created.get("num_pending", 0) == 0 and self._last_consumer_seq == 0:

@@ -205,6 +205,17 @@ class StreamReader:
         """The server's description: ``state.last_seq``, ``state.messages``, ``ts`` (its clock) …"""
         return await api(self._bus, "STREAM.INFO", self.stream)
 
+    async def subjects(self, pattern: str) -> dict[str, int]:
+        """Every subject that matches and has messages, to their number."""
+        found: dict[str, int] = {}
+        while True:
+            body = {"subjects_filter": pattern, "offset": len(found)}
+            part = await api(self._bus, "STREAM.INFO", self.stream, body)
+            listed = part["state"].get("subjects") or {}
+            found.update(listed)
+            if not listed or len(found) >= part.get("total", 0):
+                return found
+
     async def page(
         self,
         subject: str | None,

@@ -52,17 +52,44 @@ class Subjects:
         """Request and reply with *agent*."""
         return f"fnd.{self.cluster}.agent.{agent}.ask"
 
-    # fnd.C.route.capability.<name> | .any.<name> | .deployment.<name> | .everyone
+    # fnd.C.agent.<agent>.trace
+    def trace(self, agent: str) -> str:
+        """Ask the worker that hosts *agent* what became of some of its signals."""
+        return f"fnd.{self.cluster}.agent.{agent}.trace"
+
+    # fnd.C.route.capability.<name> | .any.<name> | .deployment.<name> | .topic.<words> | .label
+    # | .everyone
     def route(self, target: Target) -> str:
         """Where a signal for many is published; stored in ROUTES until it is expanded."""
-        if target.kind is TargetKind.EVERYONE:
-            return f"fnd.{self.cluster}.route.everyone"
+        if target.kind in (TargetKind.EVERYONE, TargetKind.LABEL):
+            # A label's expression is no name: whoever expands it reads it in the signal.
+            return f"fnd.{self.cluster}.route.{target.kind}"
         return f"fnd.{self.cluster}.route.{target.kind}.{target.name}"
 
     # fnd.C.route.>
     def routes(self) -> str:
         """Every route."""
         return f"fnd.{self.cluster}.route.>"
+
+    # fnd.C.timer.<name>.<name>
+    def timer(self, owner: str, name: str) -> str:
+        """The timer *name* of an agent, or of clients (``~client``); stored in TIMERS until it is due."""
+        return f"fnd.{self.cluster}.timer.{owner}.{name}"
+
+    # fnd.C.timer.>
+    def timers(self) -> str:
+        """Every timer."""
+        return f"fnd.{self.cluster}.timer.>"
+
+    # fnd.C.cancelled.<owner>.<name>
+    def cancelled(self, owner: str, name: str) -> str:
+        """Where a timer's end is written down, in TIMERS."""
+        return f"fnd.{self.cluster}.cancelled.{owner}.{name}"
+
+    # fnd.C.due
+    def due(self) -> str:
+        """Where the server puts timers that are due, in TIMERS."""
+        return f"fnd.{self.cluster}.due"
 
     # fnd.C.dead.agent.<agent>
     def dead(self, agent: str) -> str:
@@ -138,6 +165,19 @@ class Subjects:
         """The log of every domain."""
         return f"fnd.{self.cluster}.domain.*"
 
+    # ---- work queues ------------------------------------------------------------
+
+    # fnd.C.queue.<name>.<part>
+    def queue(self, name: str, part: str) -> str:
+        """Items of the work queue *name*: ``p<n>`` are those with a key, ``free`` those without;
+        ``dead.<sequence>`` are its dead letters. Stored in a stream of its own."""
+        return f"fnd.{self.cluster}.queue.{name}.{part}"
+
+    # fnd_C_QUEUE_<name>
+    def queue_stream(self, name: str) -> str:
+        """The stream of one work queue."""
+        return f"fnd_{self.cluster}_QUEUE_{name}"
+
     # ---- streams and buckets ----------------------------------------------------
 
     # fnd_C_SIGNALS
@@ -151,6 +191,12 @@ class Subjects:
     def routes_stream(self) -> str:
         """The stream of signals for many."""
         return f"fnd_{self.cluster}_ROUTES"
+
+    # fnd_C_TIMERS
+    @property
+    def timers_stream(self) -> str:
+        """The stream of signals for later."""
+        return f"fnd_{self.cluster}_TIMERS"
 
     # fnd_C_EVENTS
     @property

@@ -217,6 +217,13 @@ class WireClient(Client):
         if pool:
             self._server_pool = list(pool.values())
 
+    async def _process_pong(self) -> None:
+        # A flush that timed out has left its future behind, cancelled; to resolve that one
+        # raises, which ends nats-py's read loop: the connection would be deaf from then on.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
     def forget_pending(self) -> None:
         """Drop what was queued but not sent."""
         self._pending = []

@@ -1,4 +1,4 @@
-"""Watches a cluster from a connection that is never disturbed: assignments, records, leases, deaths."""
+"""Watches a cluster from a connection that is never disturbed: assignments, records, leases, books, deaths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from foundation_nats.bus.kv import Bucket, Entry
 from foundation_nats.bus.wire import Message
 from foundation_nats.chaos.checkers.leadership import DownSeen, LeaseSeen
 from foundation_nats.chaos.checkers.records import AssignmentSeen, RecordSeen
+from foundation_nats.chaos.checkers.reservations import LedgerSeen
 from foundation_nats.chaos.history import now_ns
+from foundation_nats.cluster.ledgers import BUCKET, PREFIX
 
 _HEAD = re.compile(
     rb'"epoch":(\d+).*?"commit":(\d+).*?"writer":(\{[^}]*\}).*?"cursor":(\d+)', re.DOTALL
@@ -33,6 +35,7 @@ class Observer:
     records: list[RecordSeen] = field(default_factory=list)
     leases: list[LeaseSeen] = field(default_factory=list)
     downs: list[DownSeen] = field(default_factory=list)
+    ledgers: list[LedgerSeen] = field(default_factory=list)
     capacity: dict[str, dict[str, float]] = field(default_factory=dict)
     homes: dict[str, AssignmentSeen] = field(default_factory=dict)
     """Agent to its newest record."""
@@ -47,6 +50,7 @@ class Observer:
             Bucket(bus, subjects, "agents").watch(scope, self._on_agent),
             Bucket(bus, subjects, "leases").watch(scope, self._on_lease),
             Bucket(bus, subjects, "nodes").watch(scope, self._on_node),
+            Bucket(bus, subjects, BUCKET).watch(scope, self._on_ledger, PREFIX + "*"),
         ]
         if self.watch_state:
             watches.append(Bucket(bus, subjects, "state").watch(scope, self._on_state))
@@ -104,6 +108,26 @@ class Observer:
     def _on_node(self, entry: Entry) -> None:
         if entry.value is not None:
             self.capacity[entry.key] = orjson.loads(entry.value).get("capacity", {})
+
+    def _on_ledger(self, entry: Entry) -> None:
+        node, at = entry.key.removeprefix(PREFIX), now_ns()
+        if entry.value is None:
+            self.ledgers.append(LedgerSeen(node, entry.revision, at_ns=at))
+            return
+        book = orjson.loads(entry.value)
+        self.ledgers.append(
+            LedgerSeen(
+                node,
+                entry.revision,
+                tuple(book.get("capacity", {}).items()),
+                tuple(book.get("agents", {}).items()),
+                tuple(
+                    (item["id"], tuple(item["needs"].items()))
+                    for item in book.get("reservations", ())
+                ),
+                at,
+            )
+        )
 
     def _on_down(self, message: Message) -> None:
         event = orjson.loads(message.data)

@@ -28,10 +28,17 @@ class Events:
         self._source = source
         self._log = get_logger("events")
 
-    def emit(self, topic: str, what: str, message: str, **data: Any) -> None:
-        """Say that something happened; never raises and never waits."""
+    def emit(
+        self, topic: str, what: str, message: str, *, at: str | None = None, **data: Any
+    ) -> None:
+        """Say that something happened (at the time *at*, or now); never raises and never waits."""
         event = ClusterEvent(
-            topic=topic, what=what, at=utc_text(), source=self._source, message=message, data=data
+            topic=topic,
+            what=what,
+            at=at or utc_text(),
+            source=self._source,
+            message=message,
+            data=data,
         )
         self._log.debug("event", topic=topic, what=what, message=message)
         try:

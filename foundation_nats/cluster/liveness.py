@@ -81,6 +81,7 @@ LAG_BUDGET_S = 0.5
 PATIENCE_MAX = 8.0
 
 _NEVER = float("-inf")
+_EVER = float("inf")
 _EPSILON = 1e-6
 
 
@@ -136,6 +137,8 @@ class LivenessDetector:
     _grace_until: float = _NEVER
     _storm_until: float | None = None
     _patience: float = 1.0
+    _nothing_before: float = _NEVER
+    """No silence has a consequence before this time: an early guess costs a look, no more."""
 
     def __post_init__(self) -> None:
         assert 0 < self.suspect_after_s < self.down_after_s
@@ -224,7 +227,13 @@ class LivenessDetector:
             case _:
                 assert_never(event)
         effects.extend(self._end_storm(now))
-        effects.extend(self._expire(now))
+        # Whoever is heard only puts things off: no need to look at everybody each time.
+        if not isinstance(event, Heard) or now >= self._nothing_before:
+            effects.extend(self._expire(now))
+            self._nothing_before = min(
+                (due for due in map(self._due, self._peers.values()) if due is not None),
+                default=_EVER,
+            )
         return effects
 
     def _live(self, node: str, incarnation: int) -> _Peer | None:
@@ -243,6 +252,8 @@ class LivenessDetector:
         elif incarnation == peer.incarnation and peer.verdict is not Verdict.DOWN:
             peer.absolve(now)
             yield from self._turn(node, peer, Verdict.UP, "heard")
+        if (due := self._due(self._peers[node])) is not None:
+            self._nothing_before = min(self._nothing_before, due)
         # Otherwise a ghost is speaking: an older incarnation, or one already
         # declared down. Its agents may be running elsewhere by now.
 

@@ -8,7 +8,8 @@ The decisions are `LivenessDetector`'s; this is its shell. A record in the
 bucket says what a node is, never that it lives: its TTL is garbage collection
 (F2), and a node that was only read about counts as suspect until it was heard.
 The leader probes every node, because its verdict moves agents; everybody else
-probes only the leader's node, so that its death is noticed by all at once.
+probes only the leader's node, once the leader's own probes stay away, so that its
+death is noticed by all at once.
 
 A verdict of *down* is final for everybody once it is sealed in the node's
 record, and for the leader who gave it. Anybody else's is an opinion: nobody told
@@ -43,6 +44,7 @@ from foundation_nats.bus.rpc import REPLY_PREFIX, call, decode, encode, read_rep
 from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED, Subjects
 from foundation_nats.bus.wire import Message, Route
 from foundation_nats.cluster.events import Events
+from foundation_nats.cluster.hearing import Hearing
 from foundation_nats.cluster.liveness import (
     BusDisturbed,
     Confirm,
@@ -64,6 +66,7 @@ from foundation_nats.cluster.liveness import (
     Verdict,
     VerdictChanged,
 )
+from foundation_nats.cluster.topology import Healed, Parted, PartitionWatch, groups_of
 from foundation_nats.cluster.view import ClusterView, NodeView
 from foundation_nats.config import LivenessConfig
 from foundation_nats.errors import (
@@ -91,7 +94,15 @@ RECORD_EVERY_S = 20.0
 SEALED_TTL_S = 3600.0
 """How long it is written down that a life is over: longer than anything stays frozen."""
 _DEAF_BEATS = 2.5
-_TICK_S = 0.05
+_TICK_S = 0.25
+"""We look at the clock at least this often. How long we stood still is known but for this much,
+which is little beside `suspect_after_s`."""
+_TICK_MIN_S = 0.005
+_EARLY_BEAT = 0.6
+_LATE_BEAT = 1.15, 1.3
+"""Of the interval: after the leader's next one, which we answer with our own."""
+_LATE_PROBE = 1.25
+"""Of the interval: after the leader's next probe, which is as good as an answer to ours."""
 _LAG_MIN_S = 0.05
 _LAG_MEMORY_S = 5.0
 _JOIN_PINGS = 3
@@ -143,6 +154,8 @@ class Membership:
         self._opinions: dict[str, int] = {}
         """Node to the incarnation that is over (in `_down`) by our own verdict alone."""
         self._views: dict[str, NodeView] = {}
+        self._hearing = Hearing(config.suspect_after_s)
+        self._partitions = PartitionWatch(config.suspect_after_s)
         self._revision = 0
         self._listeners: list[Callable[[], None]] = []
         self._scope: TaskScope | None = None
@@ -150,6 +163,16 @@ class Membership:
         self._own_revision = 0
         self._own_incarnations: set[int] = set()
         self._beat = 0
+        self._beat_at = 0.0
+        self._next_beat = 0.0
+        self._probed_at = 0.0
+        self._watched_at = 0.0
+        self._expected = 0.0
+        """When we meant to look at the clock next: what it is later by, we stood still."""
+        self._ticking: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._pinged_at: float | None = None
+        """When the holder of the lease last probed us: it lives, and we needn't probe it."""
         self._draining = False
         self._is_member = False
         self._is_over = False
@@ -212,6 +235,10 @@ class Membership:
         """Whether this life of *node* is known to be over: declared down, left, or replaced."""
         return self._down.get(node, -1) >= incarnation
 
+    def hears(self) -> frozenset[str]:
+        """The other nodes whose heartbeats have come within `suspect_after_s`."""
+        return self._hearing.names(monotonic())
+
     def hears_itself(self, for_s: float) -> bool:
         """Whether what this node sends has come back to it for so long: it may judge silence."""
         now = monotonic()
@@ -241,6 +268,7 @@ class Membership:
                 previous = 0
                 if entry is not None and entry.value is not None:
                     previous = _incarnation_of(entry)
+                    self._remember_short_lives(entry)
                 await self._refuse_duplicate(name, has_record=previous > 0)
                 try:
                     await self._write_own(
@@ -265,6 +293,9 @@ class Membership:
             node=name,
             incarnation=self.incarnation,
             workers=len(self._record.workers),
+            capabilities=list(self._record.capabilities),
+            labels=dict(self._record.labels),
+            capacity=dict(self._record.capacity),
         )
         self._log.info("joined", incarnation=self.incarnation)
         return self._record
@@ -307,11 +338,23 @@ class Membership:
                     hint="Stop one of them, or give this node another name.",
                     node=self.node,
                 ) from None
+            if entry is not None and entry.value is not None:
+                self._remember_short_lives(entry)
             await self._write_own(incarnation, 0 if entry is None else entry.revision)
         self._forget_verdicts()
         self._send_heartbeat()
         self._log.info("joined again", incarnation=incarnation)
         return self._record
+
+    def _remember_short_lives(self, entry: Entry) -> None:
+        """What the record of the life before says of those before it goes on with this one."""
+        assert self._record is not None
+        assert entry.value is not None
+        try:
+            short = decode(NodeRecord, entry.value).short_lives
+        except DecodeError:
+            return
+        self._record = self._record.model_copy(update={"short_lives": short})
 
     def _forget_verdicts(self) -> None:
         """Judge everybody anew: what we thought of the others while they had given us up is void.
@@ -353,11 +396,14 @@ class Membership:
             if node != but:
                 self._take_back(node, incarnation)
 
-    async def seal(self, node: str, incarnation: int) -> None:
+    async def seal(self, node: str, incarnation: int, *, was_short: bool = False) -> None:
         """Write down that this life is over, before its agents are given to others.
 
         Later leaders, and the node itself should it live, learn of it: none may confirm the
         old activations' right to answer again.
+
+        Args:
+            was_short: this life ended soon after it had begun.
 
         Raises:
             BusTimeoutError, BusUnavailableError: not known to be written; don't go on.
@@ -373,7 +419,14 @@ class Membership:
                 try:
                     await self._bucket.replace(
                         node,
-                        encode(record.model_copy(update={"ended": True})),
+                        encode(
+                            record.model_copy(
+                                update={
+                                    "ended": True,
+                                    "short_lives": record.short_lives + 1 if was_short else 0,
+                                }
+                            )
+                        ),
                         expected=0 if entry is None else entry.revision,
                         ttl_s=SEALED_TTL_S,
                     )
@@ -399,6 +452,14 @@ class Membership:
 
     def set_draining(self, draining: bool = True) -> None:
         """Say in every heartbeat from now on whether this node takes new agents."""
+        if draining and not self._draining:
+            self._events.emit(
+                "node",
+                "draining",
+                f"Node {self.node} hands over its agents.",
+                node=self.node,
+                incarnation=self.incarnation,
+            )
         self._draining = draining
         self._see_self()
         self._send_heartbeat()
@@ -551,7 +612,7 @@ class Membership:
             return
         load = _IDLE if self._load is None else self._load()
         status = NodeStatus.DRAINING if self._draining else NodeStatus.UP
-        self._views[self.node] = NodeView(self._record, status, load)
+        self._views[self.node] = NodeView(self._record, status, load, hears=self.hears())
 
     # ---- answering ------------------------------------------------------------------
 
@@ -563,12 +624,17 @@ class Membership:
 
     def _on_ping(self, message: Message) -> None:
         # Not through `serve`: the leader asks this five times a second of every node.
+        is_holder = self._holder is not None and message.data == self._holder.encode()
+        if is_holder:
+            self._pinged_at = monotonic()
         if message.reply.startswith(REPLY_PREFIX):
             pong = encode(Pong(name=self.node, incarnation=self.incarnation))
             try:
                 self._bus.publish(message.reply, b'{"ok":%b}' % pong)
             except BusError as error:
                 self._log.debug("pong not sent", error=str(error))
+        if is_holder and self._ticking is not None:
+            self._tick()
 
     async def _on_probe(self, data: bytes) -> ProbeReply:
         request = decode(ProbeRequest, data)
@@ -608,6 +674,7 @@ class Membership:
             self._end(name, beat.incarnation)
             self._step(Left(name, beat.incarnation))
             self._heard.pop(name, None)
+            self._hearing.forget(name)
             self._show(name)
             self._notify()
             return
@@ -617,11 +684,15 @@ class Membership:
             before = self._heard.get(name)
             is_first = before is None or before.incarnation != beat.incarnation
             self._heard[name] = beat
+            if self._hearing.heard(name, beat.incarnation, beat.hears, monotonic()):
+                self._revision += 1  # nobody acts on it: the listeners needn't know
             self._step(Heard(name, beat.incarnation))
             self._show(name)
             if is_first or (before is not None and before.draining != beat.draining):
                 self._notify()
         self._echo(beat)
+        if self._term is None and name == self._holder:
+            self._beat_along()
 
     def _echo(self, beat: Heartbeat) -> None:
         if self._term is None or not self._may_echo():
@@ -651,6 +722,7 @@ class Membership:
             if name != self.node and self._detector.verdict(name) in (None, Verdict.DOWN):
                 self._step(Forgot(name))
                 self._heard.pop(name, None)
+                self._hearing.forget(name)
                 self._views.pop(name, None)
                 self._notify()
             # A TTL that ran out during a stall says nothing about a node that is heard (F2).
@@ -814,7 +886,8 @@ class Membership:
         else:
             status = NodeStatus.DRAINING if beat is not None and beat.draining else NodeStatus.UP
         load = beat.load if beat is not None else _IDLE
-        self._views[name] = NodeView(known, status, load, is_heard)
+        said = self._hearing.report(name)
+        self._views[name] = NodeView(known, status, load, is_heard, hears=said)
 
     def _notify(self) -> None:
         self._revision += 1
@@ -899,7 +972,9 @@ class Membership:
         self, name: str, subject: str, on_reply: Callable[[Message | BusError], None]
     ) -> None:
         try:
-            self._bus.request_nowait(subject, b"", on_reply, timeout=_PROBE_TIMEOUT_S)
+            self._bus.request_nowait(
+                subject, self.node.encode(), on_reply, timeout=_PROBE_TIMEOUT_S
+            )
             self._probing.add(name)
         except BusError:
             self._probing.discard(name)
@@ -956,39 +1031,136 @@ class Membership:
         if not self._is_member or self._record is None or (self._is_over and not left):
             return
         self._beat += 1
+        self._beat_at = now = monotonic()
+        self._next_beat = now + self._config.heartbeat_interval_s * self._beat_share()
+        others = {view.name for view in self._views.values() if view.is_alive} - {self.node}
         beat = Heartbeat(
             node=self.node,
             incarnation=self.incarnation,
             beat=self._beat,
-            sent_at=monotonic(),
+            sent_at=now,
             draining=self._draining,
             left=left,
             load=_IDLE if self._load is None else self._load(),
+            hears=self._hearing.to_say(now, others),
         )
         try:
             self._bus.publish(self._subjects.heartbeat(self.node), encode(beat))
         except BusError as error:
             self._log.debug("heartbeat not sent", error=str(error))
 
+    def _beat_share(self) -> float:
+        """Of the interval, when the next heartbeat is due, if nothing makes us send one before."""
+        if self._term is None and self._holder not in (None, self.node):
+            return random.uniform(*_LATE_BEAT)
+        return random.uniform(0.9, 1.1)
+
+    def _beat_along(self) -> None:
+        """Send our heartbeat when the leader has sent its own.
+
+        Everybody reads everybody's: those that come together are read in one go, and to be
+        woken costs more than to read.
+        """
+        if monotonic() - self._beat_at >= self._config.heartbeat_interval_s * _EARLY_BEAT:
+            self._send_heartbeat()
+
+    def _probe_due(self) -> float:
+        """When to probe next; a node that the leader probes needn't probe the leader."""
+        due = self._probed_at + self._config.probe_interval_s
+        if self._term is None and self._pinged_at is not None:
+            return max(due, self._pinged_at + self._config.probe_interval_s * _LATE_PROBE)
+        return due
+
     async def _run(self) -> None:
-        interval = self._config.heartbeat_interval_s
-        next_beat = next_probe = monotonic()
-        expected = monotonic()
-        while not self._is_over:
-            now = monotonic()
-            self._note_lag(now - expected, now)
-            self._note_deafness(now)
-            if now >= next_beat:
-                self._send_heartbeat()
-                next_beat = now + interval * random.uniform(0.9, 1.1)
-            if self._is_member and now >= next_probe:
-                self._probe_all()
-                next_probe = now + self._config.probe_interval_s
+        """Tick until this life is over."""
+        self._ticking = asyncio.get_running_loop().create_future()
+        self._expected = self._next_beat = monotonic()
+        self._probed_at = self._expected - self._config.probe_interval_s
+        try:
+            self._tick()
+            await self._ticking
+        finally:
+            self._ticking.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _tick(self) -> None:
+        """Do what is due, and be called again when something else is.
+
+        No loop that sleeps: who is woken by a probe anyway needs no timer of its own.
+        """
+        assert self._ticking is not None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ticking.done():
+            return
+        if self._is_over:
+            self._ticking.set_result(None)
+            return
+        try:
+            pause = self._do_due()
+        except Exception as error:  # `_run` raises it, as its own
+            self._ticking.set_exception(error)
+            return
+        self._expected = monotonic() + pause
+        self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
+
+    def _do_due(self) -> float:
+        now = monotonic()
+        self._note_lag(now - self._expected, now)
+        self._note_deafness(now)
+        if now >= self._next_beat:
+            self._send_heartbeat()
+            self._next_beat = max(self._next_beat, now + self._config.heartbeat_interval_s / 2)
+        if now - self._watched_at >= self._config.heartbeat_interval_s * _EARLY_BEAT:
+            self._watch_partitions(now)
+            self._watched_at = now
+        if self._is_member and now >= self._probe_due():
+            self._probe_all()
+            self._probed_at = now
+        due = self._detector.deadline()
+        if due is not None and now >= due:
+            self._step(Tick())
             due = self._detector.deadline()
-            if due is not None and now >= due:
-                self._step(Tick())
-            expected = monotonic() + _TICK_S
-            await asyncio.sleep(_TICK_S)
+        wake = min(now + _TICK_S, self._next_beat, now + _TICK_S if due is None else due)
+        if self._is_member:
+            wake = min(wake, self._probe_due())
+        return max(wake - now, _TICK_MIN_S)
+
+    def _watch_partitions(self, now: float) -> None:
+        """The leader tells of groups of nodes that don't hear each other."""
+        if self._term is None:
+            self._partitions.reset()
+            return
+        if not self.hears_itself(self._config.suspect_after_s):
+            self._partitions.pause()  # it is we who don't hear
+            return
+        heard = self._hearing.names(now)
+        alive = {view.name for view in self._views.values() if view.is_alive and view.heard}
+        said = {name: self._hearing.report(name) for name in alive}
+        fresh = {name: hears for name, hears in said.items() if hears is not None and name in heard}
+        stale = {name: hears for name, hears in said.items() if hears is not None}
+        fresh[self.node] = heard
+        match self._partitions.step(groups_of(alive, fresh, stale), self._views.keys(), now):
+            case Parted(groups):
+                shown = " | ".join(", ".join(group) for group in groups)
+                self._log.error("nodes have parted", groups=shown)
+                self._events.emit(
+                    "cluster",
+                    "partition",
+                    f"Nodes don't hear each other: {shown}.",
+                    groups=[list(group) for group in groups],
+                )
+            case Healed(groups, gone):
+                shown = f" {', '.join(gone)} never came back." if gone else ""
+                self._log.warning("nodes hear each other again", gone=list(gone))
+                self._events.emit(
+                    "cluster",
+                    "partition_healed",
+                    f"The nodes hear each other again.{shown}",
+                    groups=[list(group) for group in groups],
+                    gone=list(gone),
+                )
 
     def _note_deafness(self, now: float) -> None:
         """Heartbeats come back to their sender; while ours don't, silence is our own."""
@@ -1010,6 +1182,7 @@ class Membership:
         if lag >= self._config.suspect_after_s:
             # We stood still: what others said meanwhile is still unread. It is not silence.
             self._note_gap(now)
+            self._hearing.excuse(lag)
             self._log.warning("this process stood still", seconds=round(lag, 1))
             for name, (incarnation, verdict) in self._detector.snapshot().items():
                 if verdict is Verdict.UP:

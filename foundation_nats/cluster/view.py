@@ -1,8 +1,8 @@
 """What one process believes about the nodes now: a snapshot to ask by id, capability and status.
 
 Pure. A view may be old: it says what this process has heard, not what is. Its
-revision grows with every change of a status or a record, so that two views of
-one process can be put in order; views of two processes can't.
+revision grows with every change of a status, of a record or of who hears whom,
+so that two views of one process can be put in order; views of two processes can't.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class NodeView:
     load: Load = _IDLE
     heard: bool = True
     """Whether this incarnation was heard itself, not only read about."""
+    flaps: bool = False
+    """Its last lives were short, and this one is young: it gets agents only if no other can."""
+    hears: frozenset[str] | None = None
+    """The other nodes that this one last said it hears; None: it said nothing yet."""
 
     @property
     def name(self) -> str:
@@ -41,14 +45,12 @@ class NodeView:
         return self.status is not NodeStatus.DOWN
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class ClusterView:
-    """The nodes at one moment."""
+    """The nodes at one moment; it never changes."""
 
-    __slots__ = ("nodes", "revision")
-
-    def __init__(self, nodes: Mapping[str, NodeView], revision: int) -> None:
-        self.nodes = nodes
-        self.revision = revision
+    nodes: Mapping[str, NodeView]
+    revision: int
 
     def get(self, name: str) -> NodeView | None:
         """The node of this name; None if there is none."""

@@ -92,7 +92,26 @@ class MarkStopped:
     expected: int
 
 
-Command = Assign | Stop | Forget | MarkUnavailable | MarkPending | MarkStopped
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """It fails to start again and again: it is not tried any more by itself."""
+
+    agent: str
+    record: AgentRecord
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Tell the node that runs the agent to stop it and to hand it over to another one."""
+
+    agent: str
+    record: AgentRecord
+    expected: int
+    before: AgentRecord
+
+
+Command = Assign | Stop | Forget | MarkUnavailable | MarkPending | MarkStopped | Quarantine | Move
 
 
 @dataclass(frozen=True, slots=True)

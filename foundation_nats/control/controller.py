@@ -12,13 +12,17 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.ledgers import Ledgers
 from foundation_nats.cluster.membership import Membership
 from foundation_nats.cluster.registry import Registry
 from foundation_nats.config import Config
 from foundation_nats.consensus.election import Election
 from foundation_nats.control.autoscaler import Autoscaler
 from foundation_nats.control.desired import Desired
+from foundation_nats.control.mover import Mover
+from foundation_nats.control.reclaimer import Reclaimer
 from foundation_nats.control.reconciler import Reconciler
+from foundation_nats.control.upkeep import Upkeep
 from foundation_schemas import LeaseRecord
 
 _ECHO_SHARE = 0.8
@@ -48,7 +52,21 @@ class Controller:
         self._eligible = eligible
         self._on_leading = on_leading
         self.desired = Desired(bus, subjects)
-        self.reconciler = Reconciler(config, membership, registry, self.desired)
+        self.upkeep = Upkeep(bus, subjects)
+        self.ledgers = Ledgers(bus, subjects)
+        self.reclaimer = Reclaimer(self.ledgers, membership.nodes, membership.emit)
+        self.reconciler = Reconciler(
+            config, membership, registry, self.desired, self.upkeep, self.ledgers
+        )
+        self.mover = Mover(
+            config.control,
+            membership,
+            registry,
+            self.desired,
+            self.upkeep,
+            self.reconciler.nodes,
+            self.ledgers,
+        )
         self.autoscaler = Autoscaler(
             bus, subjects, membership, self.desired, config.control.autoscale_every_s
         )
@@ -93,8 +111,12 @@ class Controller:
             BusTimeoutError, BusUnavailableError: the buckets could not be read.
         """
         await self.desired.open(scope, timeout=timeout)
+        await self.upkeep.open(scope, timeout=timeout)
+        await self.ledgers.open(scope, timeout=timeout)
         self.reconciler.open(scope)
+        self.mover.open(scope)
         scope.start(self.autoscaler.run(), "autoscaler")
+        scope.start(self.reclaimer.run(), "reclaimer")
         if self._eligible:
             await self.election.open(scope, timeout=timeout)
 
@@ -112,14 +134,18 @@ class Controller:
     def _elected(self, term: int) -> None:
         self._membership.set_leading(term, self._may_echo)
         self.reconciler.lead(term)
+        self.mover.lead(term)
         self.autoscaler.lead(term)
+        self.reclaimer.lead(term)
         if self._on_leading is not None:
             self._on_leading(term)
 
     def _lost(self, _reason: str) -> None:
         self._membership.set_leading(None)
         self.reconciler.lead(None)
+        self.mover.lead(None)
         self.autoscaler.lead(None)
+        self.reclaimer.lead(None)
         if self._on_leading is not None:
             self._on_leading(None)
 

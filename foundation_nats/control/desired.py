@@ -32,6 +32,7 @@ from foundation_nats.errors import (
     FoundationError,
     StaleRevisionError,
 )
+from foundation_nats.placement.strategies import check_strategy
 from foundation_schemas import Deployment
 
 _ATTEMPTS = 5
@@ -133,6 +134,7 @@ class Desired:
 
         Raises:
             AlreadyExistsError: an agent id would belong to two deployments; nothing was written.
+            PlacementError: a placement strategy is not known here; nothing was written.
             ConflictError: somebody else keeps changing the same deployment.
             BusTimeoutError, BusUnavailableError: some may have been written; apply again.
         """
@@ -150,6 +152,10 @@ class Desired:
                 agent=agent,
             )
         todo = [c for c in changes if c.kind in (ChangeKind.ADDED, ChangeKind.CHANGED)]
+        for change in todo:
+            if change.after is not None:
+                check_strategy(change.after.spec.placement.strategy, change.name)
+        began = utc_text()  # the leader acts on each wish as soon as it is there
         await self._write_all([c.after for c in todo if c.after is not None])
         for change in changes:
             if change.kind is ChangeKind.REMOVED:
@@ -160,6 +166,7 @@ class Desired:
                 "deployment",
                 "applied",
                 f"Applied {', '.join(names[:5])}{' …' if len(names) > 5 else ''}.",
+                at=began,
                 names=names[:100],
                 count=len(names),
             )
@@ -192,12 +199,14 @@ class Desired:
                 )
             return wish
 
+        began = utc_text()
         wish = await self.change(name, scaled)
         if before != [replicas]:
             self._events.emit(
                 "deployment",
                 "scaled",
                 f"{name} goes from {before[0]} to {replicas} replicas.",
+                at=began,
                 name=name,
                 before=before[0],
                 after=replicas,

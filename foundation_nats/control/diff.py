@@ -65,6 +65,10 @@ class Preview:
     """Agent to node."""
     unplaceable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Agent to the reason per node."""
+    restarting: Mapping[str, str] = field(default_factory=dict)
+    """Agents that get another spec, to the node on which they run: they are restarted there."""
+    leaving: Mapping[str, str] = field(default_factory=dict)
+    """Agents that nobody would want any more, to the node on which they run."""
 
 
 _KEPT = {
@@ -133,10 +137,7 @@ def preview(
     leader: str | None = None,
     seed: int = 0,
 ) -> Preview:
-    """`diff`, and for each agent that would need a node which one it would get, or why none.
-
-    Agents that are restarted in place for a changed spec are not listed.
-    """
+    """`diff`, and for each agent that it concerns the node that it would get, keep or leave."""
     changes = diff(current, wanted, prune=prune)
     after = dict(current)
     for change in changes:
@@ -152,4 +153,16 @@ def preview(
             placements[command.agent] = command.record.node
         elif isinstance(command, MarkPending):
             unplaceable[command.agent] = command.reasons
-    return Preview(tuple(changes), placements, unplaceable)
+    wished = {agent for wish in after.values() for agent in wish.agent_ids()}
+    leaving: dict[str, str] = {}
+    restarting: dict[str, str] = {}
+    restarted = {change.name for change in changes if change.restarts}
+    for agent, item in held.items():
+        node, owner = item.record.node, item.record.deployment or agent
+        if node is None or agent in placements:
+            continue
+        if agent not in wished:
+            leaving[agent] = node
+        elif owner in restarted:
+            restarting[agent] = node
+    return Preview(tuple(changes), placements, unplaceable, restarting, leaving)

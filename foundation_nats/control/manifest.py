@@ -28,7 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from foundation_nats.control.collision import find_collision
 from foundation_nats.errors import ManifestError
-from foundation_nats.placement.strategies import STRATEGIES
+from foundation_nats.placement.strategies import STRATEGIES, known_strategies
 from foundation_schemas import (
     AgentSpec,
     Autoscale,
@@ -36,6 +36,7 @@ from foundation_schemas import (
     OnNodeLoss,
     PlacementPolicy,
     UpdatePolicy,
+    WhenUnsatisfiable,
 )
 from foundation_schemas.deployment import REPLICAS_MAX
 
@@ -45,7 +46,17 @@ _ITEMS_MAX = 200_000
 _DEPTH_MAX = 32
 
 _TOP = ("version", "agents")
-_PLACEMENT = ("strategy", "require", "prefer", "spread", "labels")
+_PLACEMENT = (
+    "strategy",
+    "require",
+    "prefer",
+    "spread",
+    "labels",
+    "expressions",
+    "anti_affinity",
+    "max_per_node",
+)
+_SPREAD = ("label", "max_skew", "when_unsatisfiable")
 _AGENT = (
     "name",
     "run",
@@ -58,7 +69,10 @@ _AGENT = (
     "on_node_loss",
     "config",
     "restart",
+    "labels",
+    "subscribe",
 )
+_SUBSCRIBE = ("topic", "mode", "group")
 _SECTIONS: dict[str, type[BaseModel]] = {"update": UpdatePolicy, "autoscale": Autoscale}
 """Keys of an agent that say how its deployment changes, not what runs."""
 _RESTART = ("permanent", "transient", "temporary")
@@ -236,6 +250,10 @@ class _Parser:
             spec["restart"] = self._choice(item, "restart", _RESTART)
         if item.get("config") is not None:
             spec["config"] = self._config(item)
+        if item.get("labels") is not None:
+            spec["labels"] = self._labels(item)
+        if item.get("subscribe") is not None:
+            spec["subscribe"] = self._subscribe(item)
         values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
         if item.get("replicas") is not None:
             values["replicas"] = self._replicas(item)
@@ -246,6 +264,26 @@ class _Parser:
             return Deployment.model_validate(values)
         except ValidationError as error:
             self._refused(error, item, line, what)
+
+    def _labels(self, found: CommentedMap) -> dict[str, str]:
+        labels = found["labels"]
+        if not isinstance(labels, CommentedMap):
+            self._wrong(found, "labels", "keys and texts such as {zone: a}")
+        return {str(key): self._text(labels, key) for key in labels}
+
+    def _subscribe(self, item: CommentedMap) -> list[Any]:
+        """Topics: texts, or keys and values; what they say is checked with the whole."""
+        found = item["subscribe"]
+        if not isinstance(found, CommentedSeq):
+            self._wrong(item, "subscribe", "a list of topics")
+        topics: list[Any] = []
+        for topic in found:
+            if isinstance(topic, CommentedMap):
+                self._check_keys(topic, _SUBSCRIBE, "'subscribe'")
+                topics.append({str(name): value for name, value in topic.items()})
+            else:
+                topics.append(topic)
+        return topics
 
     def _section(self, item: CommentedMap, key: str, kind: type[BaseModel]) -> dict[str, Any]:
         """A mapping whose keys are the fields of *kind*; the values are checked with the whole."""
@@ -361,18 +399,60 @@ class _Parser:
         self._check_keys(value, _PLACEMENT, f"placement of {what}")
         policy: dict[str, Any] = {}
         if value.get("strategy") is not None:
-            policy["strategy"] = self._choice(value, "strategy", STRATEGIES)
+            known = STRATEGIES if value["strategy"] in STRATEGIES else known_strategies()
+            policy["strategy"] = self._choice(value, "strategy", known)
         for key in ("require", "prefer"):
             if value.get(key) is not None:
                 policy[key] = self._texts(value, key)
         if value.get("spread") is not None:
-            policy["spread"] = self._text(value, "spread")
+            policy["spread"] = self._spread(value, what)
         if value.get("labels") is not None:
-            labels = value["labels"]
-            if not isinstance(labels, CommentedMap):
-                self._wrong(value, "labels", "keys and texts such as {zone: a}")
-            policy["labels"] = {str(key): self._text(labels, key) for key in labels}
+            policy["labels"] = self._labels(value)
+        if value.get("expressions") is not None:
+            policy["expressions"] = self._texts(value, "expressions")
+        apart = value.get("anti_affinity")
+        if apart is not None:
+            if isinstance(apart, str):
+                policy["anti_affinity"] = str(apart)
+            elif type(apart).__name__ in ("bool", "ScalarBoolean"):
+                policy["anti_affinity"] = bool(apart)
+            else:
+                self._wrong(value, "anti_affinity", "true, false or a label's name")
+        if value.get("max_per_node") is not None:
+            policy["max_per_node"] = self._positive(value, "max_per_node")
         return policy
+
+    def _spread(self, found: CommentedMap, what: str) -> Any:
+        value = found["spread"]
+        if isinstance(value, str):
+            return str(value)
+        if not isinstance(value, CommentedMap):
+            self._wrong(
+                found, "spread", "a label's name or keys such as {label: zone, max_skew: 1}"
+            )
+        self._check_keys(value, _SPREAD, f"spread of {what}")
+        if value.get("label") is None:
+            self._fail(
+                _line(found, "spread"),
+                "'spread' has no 'label'.",
+                "Add `label: zone`.",
+                key="spread",
+            )
+        spread: dict[str, Any] = {"label": self._text(value, "label")}
+        if value.get("max_skew") is not None:
+            spread["max_skew"] = self._positive(value, "max_skew")
+        if value.get("when_unsatisfiable") is not None:
+            allowed = [choice.value for choice in WhenUnsatisfiable]
+            spread["when_unsatisfiable"] = self._choice(value, "when_unsatisfiable", allowed)
+        return spread
+
+    def _positive(self, found: CommentedMap, key: str) -> int:
+        value = found[key]
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._wrong(found, key, "a whole number")
+        if value < 1:
+            self._fail(_line(found, key), f"{key!r} is {int(value)}, not 1 or more.", key=key)
+        return int(value)
 
     def _config(self, found: CommentedMap) -> dict[str, Any]:
         value = found["config"]

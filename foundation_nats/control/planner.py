@@ -18,12 +18,17 @@ Rules, per agent that some deployment wants:
   else started either: stopped there, and placed anew when the node says that it
   is (or is down); before that the node might yet run it.
 - ``failed``: placed anew after `failed_backoff_s` × 2^failures, at most
-  `failed_backoff_max_s`; never if ``restart: temporary``.
+  `failed_backoff_max_s`; never if ``restart: temporary``. After `quarantine_after`
+  failures in a row it is left alone until it is released or its spec changes.
 - it runs another spec than wished: stopped, then placed again where it was. At
   most `update.max_unavailable` of a deployment's agents are not running because
   of this; a new spec that doesn't start stops the change from going on (and
   `rollouts` may go back). A paused deployment's agents keep their spec.
-- no node qualifies: ``pending``, with the reason for each node.
+- it is on its way to another node (`moves.py`): left alone, and counted on both. If
+  its source dies, it is lost like any other; if its target dies before it ran there,
+  it is placed elsewhere at once, whatever its policy.
+- no node qualifies: ``pending``, with the reason for each node. What is reserved on a
+  node is taken; an agent that names a reservation goes where that is.
 
 An agent that nobody wants is stopped where it may be running, and its record
 is forgotten once nobody runs it. A node that is only suspected is left alone.
@@ -32,9 +37,10 @@ is forgotten once nobody runs it. A node that is only suspected is left alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from foundation_nats.cluster.registry import Held
 from foundation_nats.cluster.view import NodeView
@@ -48,10 +54,13 @@ from foundation_nats.control.commands import (
     MarkStopped,
     MarkUnavailable,
     Plan,
+    Quarantine,
     Stop,
 )
+from foundation_nats.control.moves import is_arriving
 from foundation_nats.placement.constraints import Usage
 from foundation_nats.placement.place import Placer, Unplaceable, Wanted
+from foundation_nats.placement.score import LoadSteps, remember
 from foundation_nats.placement.strategies import Strategy
 from foundation_schemas import (
     AgentRecord,
@@ -61,8 +70,11 @@ from foundation_schemas import (
     NodeStatus,
     OnNodeLoss,
     RecoveredFrom,
+    ReservationRecord,
 )
 
+QUARANTINED = "quarantined"
+"""How the reason of an agent begins that is not tried again by itself."""
 COMMANDS_MAX = 10_000
 """Of one plan: more would keep the leader's event loop from its heartbeats."""
 
@@ -73,6 +85,8 @@ _PATIENCE = 10
 
 _LATE = "late"
 """Why an agent was stopped that was starting for too long, as its record says meanwhile."""
+
+_FIELDS = set(AgentRecord.model_fields)
 
 _ACTIVE = frozenset({AgentStatus.STARTING, AgentStatus.RUNNING, AgentStatus.MOVING})
 """Somebody may be running it."""
@@ -90,6 +104,8 @@ class History:
     """Node to when one of its agents last came to run."""
     digests: dict[str, tuple[AgentSpec, str]] = field(default_factory=dict)
     """Deployment to the digest of its spec, since hashing ten thousand takes longer than planning."""
+    loads: dict[str, tuple[int, LoadSteps]] = field(default_factory=dict)
+    """Node to the incarnation and how its load counts: what keeps equal nodes from taking turns."""
 
     def digest(self, deployment: Deployment) -> str:
         """The digest of the deployment's spec."""
@@ -150,6 +166,7 @@ def plan(
     epoch_floor: int = 0,
     at: str | None = None,
     commands_max: int | None = COMMANDS_MAX,
+    reservations: Mapping[str, Sequence[ReservationRecord]] | None = None,
 ) -> Plan:
     """Say what must change.
 
@@ -158,8 +175,10 @@ def plan(
             hears of it; agents of a node that is missing here are left alone.
         epoch_floor: fresh records start above it.
         at: the text for the records' `since`.
+        reservations: node to those that count.
     """
     planner = _Planner(desired, held, nodes, now, config, history or History(), epoch_floor, at)
+    planner.reservations = reservations or {}
     return planner.run(leader, rng, commands_max)
 
 
@@ -183,10 +202,13 @@ class _Planner:
         self._history = history
         self._epoch_floor = epoch_floor
         self._at = at
+        self.reservations: Mapping[str, Sequence[ReservationRecord]] = {}
         self._commands: list[Command] = []
         self._open: list[_Open] = []
         self._wake: float | None = None
         self._templates: dict[str, AgentRecord] = {}
+        self._refusal: tuple[Unplaceable, str, dict[str, str]] | None = None
+        """The last one and its text, since a thousand agents may be refused in one go."""
         self._taken: dict[tuple[str, str, str], tuple[AgentSpec, list[int]]] = {}
 
     def run(self, leader: str | None, rng: random.Random, commands_max: int | None) -> Plan:
@@ -233,6 +255,7 @@ class _Planner:
                         else:
                             count[1][0] += 1
                         if record.desired != "run":
+                            self._take_at_target(record, name)
                             continue
                         if record.digest != digest:
                             rolling.append(item)
@@ -247,6 +270,14 @@ class _Planner:
                 budget = deployment.update.budget(len(ids))
                 self._roll(rolling, budget - (len(ids) - running))
         return matched
+
+    def _take_at_target(self, record: AgentRecord, group: str) -> None:
+        """An agent on its way takes its place on both nodes."""
+        order = record.move
+        view = None if order is None or order.to is None else self._nodes.get(order.to)
+        if view is not None and order is not None and view.incarnation == order.incarnation:
+            key = (view.name, group, record.digest)
+            self._taken.setdefault(key, (record.spec, [0]))[1][0] += 1
 
     def _roll(self, rolling: Sequence[Held], budget: int) -> None:
         for item in rolling:
@@ -287,9 +318,9 @@ class _Planner:
             case AgentStatus.FAILED:
                 if changed or record.desired != "run":
                     self._reopen(deployment, digest, item, Cause.RETRY)
+                elif (backoff := self._config.retry_s(record.failures)) is None:
+                    self._quarantine(item)
                 elif spec.restart != "temporary":
-                    backoff = self._config.failed_backoff_s * 2 ** min(record.failures, 30)
-                    backoff = min(backoff, self._config.failed_backoff_max_s)
                     self._after(backoff, deployment, digest, item)
             case AgentStatus.UNAVAILABLE:
                 self._unavailable(deployment, digest, item)
@@ -313,7 +344,10 @@ class _Planner:
         if view is None or view.incarnation < record.incarnation:
             return  # our view of the nodes is behind the record
         policy = effective_policy(deployment.spec)
-        if policy is OnNodeLoss.STOP:
+        if is_arriving(record):
+            # It was on its way there, and may as well go elsewhere: it has no home to wait for.
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+        elif policy is OnNodeLoss.STOP:
             self._stopped_by_loss(deployment, digest, item)
         elif view.is_alive:
             if policy is OnNodeLoss.UNAVAILABLE and view.status is not NodeStatus.UP:
@@ -367,7 +401,7 @@ class _Planner:
             key = (record.node, record.deployment or agent, record.digest)
             count = self._taken.setdefault(key, (record.spec, [0]))
             count[1][0] += 1
-            if record.desired == "run":
+            if record.desired == "run" or record.move is not None:
                 self._stop(item)
 
     # ---- saying -------------------------------------------------------------------
@@ -380,7 +414,8 @@ class _Planner:
             self._wake = seconds
 
     def _stop(self, item: Held) -> None:
-        record = item.record.model_copy(update={"desired": "stop", "since": self._at})
+        update = {"desired": "stop", "move": None, "since": self._at}
+        record = item.record.model_copy(update=update)
         self._commands.append(Stop(record.id, record, item.revision))
 
     def _stop_late(self, item: Held) -> None:
@@ -404,6 +439,7 @@ class _Planner:
             update={
                 "status": AgentStatus.UNAVAILABLE,
                 "desired": "run",
+                "move": None,
                 "reason": f"node {record.node} is down; {how_long}",
                 "recovered_from": RecoveredFrom(
                     node=record.node, epoch=record.epoch, reason="node_down"
@@ -415,6 +451,14 @@ class _Planner:
         if policy is None:
             self._wake_in(self._config.unavailable_grace_s)
 
+    def _quarantine(self, item: Held) -> None:
+        record = item.record
+        if (record.reason or "").startswith(QUARANTINED):
+            return
+        reason = f"{QUARANTINED} after {record.failures} failed starts: {record.reason}"
+        after = record.model_copy(update={"reason": reason, "since": self._at})
+        self._commands.append(Quarantine(record.id, after, item.revision))
+
     def _mark_stopped(self, item: Held) -> None:
         record = item.record
         assert record.node is not None
@@ -422,6 +466,7 @@ class _Planner:
             update={
                 "status": AgentStatus.STOPPED,
                 "desired": "run",
+                "move": None,
                 "node": None,
                 "reason": f"node {record.node} is down, and on_node_loss is stop",
                 "recovered_from": RecoveredFrom(
@@ -464,8 +509,28 @@ class _Planner:
 
     # ---- placing ------------------------------------------------------------------
 
-    def _used(self) -> dict[str, Usage]:
+    def _bound(self, opened: Sequence[_Open]) -> dict[str, tuple[str, str]]:
+        """Agent to the reservation that it shall use up, and its node."""
+        if not self.reservations:
+            return {}
+        homes = {item.id: node for node, items in self.reservations.items() for item in items}
+        found: dict[str, tuple[str, str]] = {}
+        for item in opened:
+            node = homes.pop(item.deployment.spec.reservation or "", None)
+            if node is not None and item.only is None:
+                found[item.agent] = item.deployment.spec.reservation or "", node
+        return found
+
+    def _used(self, but: Collection[str] = ()) -> dict[str, Usage]:
+        """What agents and reservations take, without the reservations *but*."""
         used: dict[str, Usage] = {}
+        for node, items in self.reservations.items():
+            resources = used.setdefault(node, Usage()).resources
+            for item in items:
+                if item.id in but:
+                    continue
+                for name, amount in item.needs.items():
+                    resources[name] = resources.get(name, 0.0) + amount
         for (node, group, _), (spec, count) in self._taken.items():
             used.setdefault(node, Usage()).add(spec, group, count[0])
         return used
@@ -473,12 +538,22 @@ class _Planner:
     def _place(self, opened: Sequence[_Open], leader: str | None, rng: random.Random) -> None:
         if not opened:
             return
-        placer = Placer(self._nodes, self._used(), leader, rng)
+        loads = self._history.loads = remember(self._nodes, self._history.loads)
+        steps = {name: found for name, (_, found) in loads.items()}
+        bound = self._bound(opened)
+        used = self._used({reservation for reservation, _ in bound.values()})
+        placer = Placer(self._nodes, used, leader, rng, loads=steps)
         nodes, commands = self._nodes, self._commands
         for item in opened:
             spec = item.deployment.spec
             found = placer.place(
-                Wanted(item.agent, spec, item.deployment.name, item.prefer, item.only)
+                Wanted(
+                    item.agent,
+                    spec,
+                    item.deployment.name,
+                    bound[item.agent][1] if item.agent in bound else item.prefer,
+                    item.only,
+                )
             )
             if isinstance(found, Unplaceable):
                 self._unplaceable(item, found)
@@ -522,9 +597,9 @@ class _Planner:
                 digest=item.digest,
                 since=self._at,
             )
-        # Every part was validated before; doing it again would double the cost of a failover.
-        return template.model_copy(
-            update={
+        return _stamped(
+            template,
+            {
                 "id": item.agent,
                 "status": status,
                 "node": node,
@@ -533,13 +608,15 @@ class _Planner:
                 "reason": reason,
                 "recovered_from": item.recovered_from,
                 "failures": before.failures if before is not None and same else 0,
-            }
+            },
         )
 
     def _unplaceable(self, item: _Open, found: Unplaceable) -> None:
         before = None if item.held is None else item.held.record
         expected = 0 if item.held is None else item.held.revision
-        text = f"no node qualifies: {found.text()}"
+        if self._refusal is None or self._refusal[0] is not found:
+            self._refusal = (found, f"no node qualifies: {found.text()}", dict(found.reasons))
+        _, text, reasons = self._refusal
         if item.only is not None and before is not None:
             if before.status is AgentStatus.UNAVAILABLE and before.reason == text:
                 return
@@ -569,7 +646,21 @@ class _Planner:
             epoch=self._epoch_floor if before is None else before.epoch,
             reason=text,
         )
-        self._commands.append(MarkPending(item.agent, record, expected, dict(found.reasons)))
+        self._commands.append(MarkPending(item.agent, record, expected, reasons))
+
+
+def _stamped(template: AgentRecord, values: dict[str, Any]) -> AgentRecord:
+    """`template.model_copy(update=values)` for records that share everything else.
+
+    Every part was validated before; doing that again would double the cost of a
+    failover, and pydantic's own copy is still a third of a pass over many agents.
+    """
+    record = AgentRecord.__new__(AgentRecord)
+    object.__setattr__(record, "__dict__", {**template.__dict__, **values})
+    object.__setattr__(record, "__pydantic_fields_set__", _FIELDS)
+    object.__setattr__(record, "__pydantic_extra__", None)
+    object.__setattr__(record, "__pydantic_private__", None)
+    return record
 
 
 def _was_late(record: AgentRecord) -> bool:

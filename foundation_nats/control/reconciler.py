@@ -15,22 +15,34 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
+from foundation_nats.cluster.ledgers import Ledgers
 from foundation_nats.cluster.membership import Membership
 from foundation_nats.cluster.registry import Held, Registry
 from foundation_nats.cluster.view import NodeView, missing_node
 from foundation_nats.config import Config
-from foundation_nats.control.commands import Assign, Cause, Command, Plan
+from foundation_nats.control.commands import (
+    Assign,
+    Cause,
+    Command,
+    MarkPending,
+    MarkStopped,
+    MarkUnavailable,
+    Plan,
+    Quarantine,
+)
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.executor import Outcome, execute
-from foundation_nats.control.planner import History, plan
+from foundation_nats.control.planner import COMMANDS_MAX, History, plan
 from foundation_nats.control.rollout_keeper import RolloutKeeper
+from foundation_nats.control.upkeep import Upkeep
 from foundation_nats.errors import FoundationError
-from foundation_schemas import AgentStatus, NodeStatus
+from foundation_schemas import AgentStatus, LedgerRecord, NodeStatus
 
 _DEBOUNCE_S = 0.005
 _QUIET_S = 0.25
@@ -40,6 +52,13 @@ _STALL_S = 1.0
 _REST_FACTOR = 2.0
 """After a pass the loop rests this many times as long as the pass took, except when urgent."""
 _AGENTS_NAMED_MAX = 50
+_NODES_NAMED_MAX = 20
+_WAITING_TOLD_MAX = 20
+_PACE_FOR_S = 60.0
+"""After a storm: so long agents are given out slowly, the critical ones first …"""
+_PACE_EVERY_S = 0.5
+_PACE_PER_NODE = 500
+"""… so many per surviving node and pass."""
 _LOST = (Cause.NODE_DOWN, Cause.NODE_RESTARTED)
 
 
@@ -52,18 +71,25 @@ class Reconciler:
         membership: Membership,
         registry: Registry,
         desired: Desired,
+        upkeep: Upkeep | None = None,
+        ledgers: Ledgers | None = None,
     ) -> None:
         self._control = config.control
         self._liveness = config.liveness
         self._membership = membership
         self._registry = registry
         self._desired = desired
+        self._upkeep = upkeep
+        self._ledgers = ledgers
         self._log = get_logger("reconciler").bind(node=membership.node)
         self._history = History()
         self._rollouts = RolloutKeeper(desired, registry, membership.emit)
         self._marks: dict[str, tuple[AgentStatus, int, int]] = {}
         self._missing_since: dict[str, float] = {}
         self._down_at: dict[str, float] = {}
+        self._stormed_at: float | None = None
+        self._born: dict[str, tuple[int, float]] = {}
+        """Node to its life and when we first saw that."""
         self._newest = 0
         self._epoch_floor = 0
         self._is_ready = False
@@ -83,6 +109,10 @@ class Reconciler:
             self._note(agent, held, now)
         self._registry.subscribe(self._on_record)
         self._desired.subscribe(lambda _name: self.wake())
+        if self._upkeep is not None:
+            self._upkeep.subscribe(self.wake)
+        if self._ledgers is not None:
+            self._ledgers.subscribe(self._on_ledger)
         self._membership.subscribe(self._on_members)
         self._on_members()
         scope.start(self._run(), "reconciler")
@@ -117,7 +147,7 @@ class Reconciler:
         if self._term is None:
             return
         record = None if held is None else held.record
-        if record is not None and record.status is AgentStatus.STARTING:
+        if record is not None and record.status in (AgentStatus.STARTING, AgentStatus.MOVING):
             return  # our own doing
         if record is not None and record.status is AgentStatus.RUNNING:
             if self._wake_later is None and not self._wake.is_set():
@@ -125,6 +155,14 @@ class Reconciler:
                 self._wake_later = loop.call_later(_QUIET_S, self._on_quiet)
             return
         self.wake()
+
+    def _on_ledger(
+        self, _node: str, before: LedgerRecord | None, after: LedgerRecord | None
+    ) -> None:
+        """What is reserved no more may be what an agent waits for."""
+        left = set() if after is None else {item.id for item in after.reservations}
+        if before is not None and any(item.id not in left for item in before.reservations):
+            self.wake()
 
     def _on_quiet(self) -> None:
         self._wake_later = None
@@ -160,8 +198,10 @@ class Reconciler:
         for name, view in self._membership.nodes().items():
             if view.status is NodeStatus.DOWN:
                 self._down_at.setdefault(name, now)
-            else:
-                self._down_at.pop(name, None)
+                continue
+            self._down_at.pop(name, None)
+            if self._born.get(name, (0, 0.0))[0] != view.incarnation:
+                self._born[name] = view.incarnation, now
         self.wake(urgent=True)
 
     # ---- the loop -------------------------------------------------------------------
@@ -216,6 +256,8 @@ class Reconciler:
             history=self._history,
             epoch_floor=self._epoch_floor,
             at=utc_text(),
+            commands_max=self._pace(now, nodes),
+            reservations=None if self._ledgers is None else self._ledgers.reservations(),
         )
         self._passes += 1
         wait = self._control.resync_every_s
@@ -232,7 +274,7 @@ class Reconciler:
                 # What was refused or lost shows in the registry once the watch has caught up.
                 wait = min(wait, _RETRY_S)
         if found.is_truncated:
-            wait = 0.0
+            wait = _PACE_EVERY_S if self._is_pacing(now) else 0.0
         rolling = await self._rollouts.look(now)
         if rolling is not None:
             wait = min(wait, rolling)
@@ -254,7 +296,44 @@ class Reconciler:
                 and view.status is NodeStatus.DOWN
                 and view.record.incarnation == incarnation
             ):
-                await self._membership.seal(node, incarnation)
+                lived_s = self._lived_s(node, incarnation)
+                was_short = lived_s is not None and lived_s < self._control.stable_after_s
+                await self._membership.seal(node, incarnation, was_short=was_short)
+
+    def _is_pacing(self, now: float) -> bool:
+        """Whether many nodes were lost at once a short while ago."""
+        if self._membership.is_in_storm:
+            self._stormed_at = now
+        return self._stormed_at is not None and now - self._stormed_at < _PACE_FOR_S
+
+    def _pace(self, now: float, nodes: Mapping[str, NodeView]) -> int:
+        """How many commands of one pass: few after a storm, so that the survivors keep up."""
+        if not self._is_pacing(now):
+            return COMMANDS_MAX
+        alive = sum(view.is_alive for view in nodes.values())
+        return max(1, alive) * _PACE_PER_NODE
+
+    def _lived_s(self, node: str, incarnation: int) -> float | None:
+        """How long this life has lasted as far as we saw it, until it was down; None: not seen."""
+        born = self._born.get(node)
+        if born is None or born[0] != incarnation:
+            return None
+        return self._down_at.get(node, monotonic()) - born[1]
+
+    def nodes(self) -> Mapping[str, NodeView]:
+        """The nodes as they are for placing: cordons and flapping ones marked."""
+        return self._nodes(monotonic())[0]
+
+    def _trusted(self, name: str, view: NodeView, now: float) -> NodeView:
+        """The view, marked if its node is cordoned or flaps."""
+        if self._upkeep is not None:
+            view = self._upkeep.marked(view)
+        if view.record.short_lives < self._control.flapping_after:
+            return view
+        lived_s = self._lived_s(name, view.incarnation)
+        if lived_s is not None and lived_s >= self._control.stable_after_s:
+            return view
+        return replace(view, flaps=True)
 
     def _soonest(self, wait: float, found: Plan) -> float:
         return wait if found.next_wake_s is None else min(wait, max(0.01, found.next_wake_s))
@@ -266,13 +345,17 @@ class Reconciler:
         has not arrived yet would look unwanted.
         """
         await self._desired.refresh()
+        if self._upkeep is not None:
+            await self._upkeep.refresh()
         info = await self._registry.bucket.reader.info()
         self._epoch_floor = max(self._epoch_floor, int(info["state"]["last_seq"]))
         self._is_ready = True
 
     def _nodes(self, now: float) -> tuple[Mapping[str, NodeView], float | None]:
         """The nodes, with those as DOWN that records name and nobody hears of; when to look again."""
-        nodes = dict(self._membership.nodes())
+        nodes = {
+            name: self._trusted(name, view, now) for name, view in self._membership.nodes().items()
+        }
         soonest: float | None = None
         named = set(self._registry.nodes())
         for name in [name for name in self._missing_since if name not in named or name in nodes]:
@@ -322,7 +405,7 @@ class Reconciler:
                 node=node,
                 count=len(commands),
                 ms=took,
-                **_details(commands),
+                **self._details(commands),
             )
             self._log.info("agents failed over", peer=node, count=len(commands), ms=took)
         for what, commands in (("moved", moved), ("assigned", assigned)):
@@ -332,11 +415,66 @@ class Reconciler:
                     what,
                     f"{_agents(commands)} {what} to {_where(commands)}.",
                     count=len(commands),
-                    **_details(commands),
+                    **self._details(commands),
                 )
+        for command in outcome.applied:
+            if isinstance(command, Quarantine):
+                emit(
+                    "agent",
+                    "quarantined",
+                    f"{command.agent} is not tried again by itself: {command.record.reason}.",
+                    agent=command.agent,
+                    failures=command.record.failures,
+                    reason=command.record.reason,
+                )
+        self._tell_waiting(outcome.applied)
         others = _count_others(outcome.applied)
         if assigned or moved or others:
             self._log.info("plan carried out", assigned=len(assigned), moved=len(moved), **others)
+
+    def _tell_waiting(self, commands: Sequence[Command]) -> None:
+        """Who waits, and for what: those with the same reason in one event."""
+        waiting: dict[tuple[str, str], list[MarkPending | MarkUnavailable | MarkStopped]] = {}
+        for command in commands:
+            match command:
+                case MarkPending():
+                    what = "pending"
+                case MarkUnavailable():
+                    what = "unavailable"
+                case MarkStopped():
+                    what = "stopped_by_loss"
+                case _:
+                    continue
+            waiting.setdefault((what, command.record.reason or ""), []).append(command)
+        for (what, reason), some in list(waiting.items())[:_WAITING_TOLD_MAX]:
+            first = some[0]
+            who = first.agent if len(some) == 1 else f"{len(some)} agents"
+            word = what.partition("_")[0]
+            self._membership.emit(
+                "agent",
+                what,
+                f"{who} {'is' if len(some) == 1 else 'are'} {word}: {reason}.",
+                count=len(some),
+                term=self._term,
+                reason=reason,
+                reasons=dict(first.reasons) if isinstance(first, MarkPending) else {},
+                agents=dict.fromkeys(item.agent for item in some[:_AGENTS_NAMED_MAX]),
+            )
+
+    def _details(self, commands: Sequence[Assign]) -> dict[str, object]:
+        """What observers may want to know of a batch; long lists are cut."""
+        named = commands[:_AGENTS_NAMED_MAX]
+        alive = [view for view in self._membership.nodes().values() if view.is_alive]
+        return {
+            "to": _per_node(commands),
+            "causes": dict(Counter(command.cause.value for command in commands)),
+            "agents": {command.agent: command.record.node for command in named},
+            "why": {command.agent: command.cause.value for command in named},
+            "epochs": {command.agent: command.record.epoch for command in named},
+            "strategies": dict(Counter(c.record.spec.placement.strategy for c in commands)),
+            "loads": {view.name: view.load.agents for view in alive[:_NODES_NAMED_MAX]},
+            "term": self._term,
+        }
 
 
 def _agents(commands: Sequence[Assign]) -> str:
@@ -350,16 +488,6 @@ def _per_node(commands: Sequence[Assign]) -> dict[str, int]:
 def _where(commands: Sequence[Assign]) -> str:
     names = sorted(_per_node(commands))
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-def _details(commands: Sequence[Assign]) -> dict[str, object]:
-    """What observers may want to know of a batch; long lists are cut."""
-    named = commands[:_AGENTS_NAMED_MAX]
-    return {
-        "to": _per_node(commands),
-        "causes": dict(Counter(command.cause.value for command in commands)),
-        "agents": {command.agent: command.record.node for command in named},
-    }
 
 
 def _count_others(commands: Sequence[Command]) -> dict[str, int]:

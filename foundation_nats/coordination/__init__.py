@@ -1,17 +1,32 @@
 """Patterns among agents and clients, each crash-safe and with a stated guarantee."""
 
+from foundation_nats.coordination.auction import auction
+from foundation_nats.coordination.barrier import Barrier, barrier
 from foundation_nats.coordination.counter import Counter, counter
 from foundation_nats.coordination.election import Election, election
 from foundation_nats.coordination.lock import Lock, lock
+from foundation_nats.coordination.saga import saga, sagas
 from foundation_nats.coordination.semaphore import Semaphore, semaphore
+from foundation_nats.coordination.vote import cast, vote, vote_result
+from foundation_nats.coordination.workqueue import WorkQueue, workqueue
 
 __all__ = [
+    "Barrier",
     "Counter",
     "Election",
     "Lock",
     "Semaphore",
+    "WorkQueue",
+    "auction",
+    "barrier",
+    "cast",
     "counter",
     "election",
     "lock",
+    "saga",
+    "sagas",
     "semaphore",
+    "vote",
+    "vote_result",
+    "workqueue",
 ]

@@ -24,6 +24,7 @@ VARIABLE = "FOUNDATION_BLACKBOX"
 STARTING = -1
 """In place of a signal's sequence: the agent's `on_start`."""
 _SIZE = 512
+_RUN_MAX = 100
 _NOBODY = 10  # a line feed: an empty line
 
 
@@ -33,6 +34,11 @@ class Suspect(NamedTuple):
     agent: str
     sequence: int
     """Of the signal in its mailbox; 0: an ask; `STARTING`."""
+
+
+def importing(run: str) -> Suspect:
+    """Who is to blame for an import that ends the process, while no agent is known."""
+    return Suspect(run[:_RUN_MAX], STARTING)
 
 
 def create() -> IO[bytes]:

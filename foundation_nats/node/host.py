@@ -5,7 +5,8 @@ incarnation with status ``starting``; whatever else happens, the workers are
 made to match the records, and what workers report is written back by
 compare-and-set. A record that has moved on (a newer epoch, another node) wins
 over any report. The node itself refuses what would exceed its declared
-capacity, whoever assigned it (P5).
+capacity, whoever assigned it (P5): what touches that starts only once `admission`
+has written it into the node's ledger.
 
 Orders to a worker may be lost with it, or overtake each other. So they are
 given one after the other, repeated until they are taken, and every few seconds
@@ -19,14 +20,18 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.ledger import SLOTS, lacking
 from foundation_nats.cluster.registry import Change, Held, Registry
+from foundation_nats.control.moves import MOVED, handed_over
 from foundation_nats.errors import BusError, FoundationError, StaleRevisionError
+from foundation_nats.node.admission import Admission
 from foundation_nats.node.blackbox import STARTING, Suspect
 from foundation_nats.node.hosting import mark
 from foundation_nats.node.trimmer import Trimmer
@@ -47,7 +52,9 @@ _CHUNK = 200
 _RETRY_S = 0.2
 _AUDIT_EVERY_S = 3.0
 _ORDER_TIMEOUT_S = 5.0
-_SLOTS = "slots"
+_NAMED_MAX = 50
+_REFUSE_AGAIN_S = 1.0
+"""A leader whose view is behind may assign here again and again what has no room."""
 
 Emit = Callable[..., None]
 
@@ -65,7 +72,7 @@ class Placed:
 
 def needs(record: AgentRecord) -> dict[str, float]:
     """What an agent takes of its node's capacity."""
-    return {_SLOTS: 1.0, **record.spec.resources}
+    return {SLOTS: 1.0, **record.spec.resources}
 
 
 class Host:
@@ -82,7 +89,9 @@ class Host:
         node: str,
         capacity: dict[str, float],
         emit: Emit,
+        retry_s: Callable[[int], float | None] = lambda _: None,
     ) -> None:
+        """*retry_s* tells after how long the leader tries again what failed so often; for people."""
         self._bus = bus
         self._subjects = subjects
         self._registry = registry
@@ -91,14 +100,24 @@ class Host:
         self._node = node
         self._capacity = capacity
         self._emit = emit
+        self._retry_s = retry_s
         self._incarnation = 0
         self._placed: dict[str, Placed] = {}
         self._counts: dict[str, int] = {}
-        self._used: dict[str, float] = {}
+        self._admission = Admission(
+            bus,
+            subjects,
+            node=node,
+            capacity=capacity,
+            on_admitted=self._look_again,
+            on_refused=self._on_refused,
+            on_dropped=self._on_dropped,
+        )
         self._reports: dict[str, AgentReport] = {}
         self._touched: set[str] = set()
         self._refused: dict[str, Change] = {}
         """Assignments that exceed what this node has, and what to make of their records."""
+        self._refused_at: dict[str, float] = {}
         self._lost: dict[str, str] = {}
         """Agents whose worker died: id to the worker."""
         self._suspects: dict[str, tuple[int, str]] = {}
@@ -128,6 +147,7 @@ class Host:
         self._expected = dict.fromkeys(self._workers.ids, 0)
         self._orders = {worker: asyncio.Lock() for worker in self._workers.ids}
         self._registry.subscribe(self._on_change)
+        self._admission.open(scope, incarnation)
         self._touch_mine()
         subject = self._subjects.control_node(self._node, "report")
         rpc.serve(self._bus, scope, subject, self._on_report)
@@ -144,6 +164,12 @@ class Host:
     def agents(self) -> dict[str, int]:
         """Id to epoch of what this node holds."""
         return {agent: placed.epoch for agent, placed in self._placed.items()}
+
+    def leaving(self) -> tuple[int, int]:
+        """How many agents this node holds, and how many of them are on their way elsewhere."""
+        held = (self._registry.get(agent) for agent in self._placed)
+        moving = sum(item is not None and item.record.move is not None for item in held)
+        return len(self._placed) + len(self._reports), moving + len(self._reports)
 
     def load(self) -> Load:
         """The sum over the workers."""
@@ -165,6 +191,7 @@ class Host:
         report = rpc.decode(WorkerReport, data)
         if report.incarnation != self._incarnation:
             return
+        self._workers.heard(report.worker)
         self._loads[report.worker] = report.load
         self._seen[report.worker] = report.fingerprint
         forgetful = [
@@ -200,10 +227,13 @@ class Host:
             "worker",
             "died",
             f"Worker {worker} ended ({cause}){blame} with {len(lost)} agents; they are restarted.",
+            node=self._node,
             worker=worker,
             cause=cause,
             suspect=None if suspect is None else suspect.agent,
+            sequence=None if suspect is None else suspect.sequence,
             agents=len(lost),
+            lost=lost[:_NAMED_MAX],
         )
         self._wake.set()
 
@@ -230,6 +260,7 @@ class Host:
         self._refused.clear()
         self._lost.clear()
         self._suspects.clear()
+        self._admission.begin(incarnation)
         self._touch_mine()
 
     # ---- the loops ----------------------------------------------------------------
@@ -281,6 +312,7 @@ class Host:
                 or held.record.node != self._node
                 or held.record.epoch != placed.epoch
                 or held.record.desired != "run"
+                or held.record.status is AgentStatus.FAILED  # it has a back-off to wait for
             ):
                 self._lost.pop(agent)
                 self._suspects.pop(agent, None)
@@ -297,6 +329,8 @@ class Host:
             else:
                 self._lost.pop(change.id, None)
                 self._suspects.pop(change.id, None)
+                if change.record is not None and change.record.status is AgentStatus.FAILED:
+                    self._unplace(change.id)  # it ended with its worker
                 self._touched.add(change.id)
                 self._wake.set()
         if retry:
@@ -348,7 +382,12 @@ class Host:
                 continue
             changes.append(Change(agent, record, held.revision))
             reports.append(report)
+        moving = any(change.record is not None and _goes(change.record) for change in changes)
+        if moving:
+            failpoint("move.before_handover")
         results = await self._registry.write_many(changes)
+        if moving:
+            failpoint("move.after_handover")
         retry = False
         for change, report, result in zip(changes, reports, results, strict=True):
             if isinstance(result, FoundationError):
@@ -385,9 +424,17 @@ class Host:
                     "status": AgentStatus.FAILED,
                     "reason": report.reason,
                     "failures": record.failures + 1,
+                    "move": None,
                 }
             case _ if report.reason == "fenced":
                 return None
+            case _ if record.move is not None and self._was_told(record, report):
+                # Straight to the next node, by compare-and-set: a detour by the leader would
+                # double the pause. What has changed meanwhile, the leader puts right.
+                return handed_over(record, utc_text())
+            case _ if record.move is not None:
+                update = {"status": AgentStatus.STOPPED, "node": None, "reason": report.reason}
+                update |= {"desired": "run", "move": None}
             case _ if record.desired == "stop":
                 update = {"status": AgentStatus.STOPPED, "node": None, "reason": report.reason}
             case _ if self._draining is not None:
@@ -410,6 +457,11 @@ class Host:
                 }
         return record.model_copy(update={**update, "since": utc_text()})
 
+    def _was_told(self, record: AgentRecord, report: AgentReport) -> bool:
+        """Whether its end is our doing, and not its own wish that stands."""
+        told = ("stopped", MOVED, self._draining)
+        return report.reason in told or record.spec.restart == "permanent"
+
     def _announce(self, change: Change) -> None:
         record = change.record
         assert record is not None
@@ -417,10 +469,14 @@ class Host:
             AgentStatus.RUNNING: "started",
             AgentStatus.FAILED: "failed",
             AgentStatus.STOPPED: "stopped",
+            AgentStatus.PENDING: "drained",
         }.get(record.status)
         if what is None:
             return
         recovered = record.recovered_from
+        retry_s = None
+        if record.status is AgentStatus.FAILED and record.spec.restart != "temporary":
+            retry_s = self._retry_s(record.failures)
         text = f"Agent {record.id} {what} on {self._node}"
         self._emit(
             "agent",
@@ -432,6 +488,8 @@ class Host:
             deployment=record.deployment,
             reason=record.reason,
             recovered_from=None if recovered is None else recovered.model_dump(),
+            failures=record.failures,
+            retry_s=retry_s,
         )
 
     def _match(self) -> None:
@@ -460,6 +518,8 @@ class Host:
                 placed = None
             else:
                 previous = ""
+            if placed is None and (held is None or not mine or not self._may_begin(held.record)):
+                self._admission.leave(agent)
             if held is None or not mine or self._has_ended(held.record):
                 continue
             if held.record.desired == "stop":
@@ -478,10 +538,13 @@ class Host:
             if held.record.status is not AgentStatus.STARTING or self._draining is not None:
                 continue
             if placed is None:
-                shortage = self._shortage(held.record)
+                needed = needs(held.record)
+                shortage = lacking(needed, self._capacity)
                 if shortage is not None:
-                    self._refused[agent] = self._refusal(held, shortage)
+                    self._refused[agent] = self._refusal(held, f"{self._node} {shortage}")
                     continue
+                if not self._admission.may_start(agent, needed, held.record.spec.reservation):
+                    continue  # until it is admitted or refused
                 placed = self._place(held.record, previous)
             if not placed.told and placed.worker in ready:
                 placed.told = True
@@ -498,16 +561,49 @@ class Host:
             and report.status is not AgentStatus.RUNNING
         )
 
-    def _shortage(self, record: AgentRecord) -> str | None:
-        for name, amount in needs(record).items():
-            declared = self._capacity.get(name)
-            if declared is None:
-                if name == _SLOTS:
-                    continue
-                return f"{self._node} declares no {name}"
-            if self._used.get(name, 0.0) + amount > declared + 1e-9:
-                return f"{self._node} has no {name} left ({declared:g} in all)"
-        return None
+    def _may_begin(self, record: AgentRecord) -> bool:
+        """Whether a record that names this node and life wants an activation of it."""
+        return (
+            record.status is AgentStatus.STARTING
+            and record.desired == "run"
+            and self._draining is None
+            and not self._has_ended(record)
+        )
+
+    def _look_again(self, agents: list[str]) -> None:
+        self._touched.update(agents)
+        self._wake.set()
+
+    def _on_refused(self, reasons: dict[str, str]) -> None:
+        now = monotonic()
+        self._refused_at = {
+            agent: at for agent, at in self._refused_at.items() if now - at < _REFUSE_AGAIN_S
+        }
+        again = self._refused_at.keys() & reasons.keys()
+        if again:
+            asyncio.get_running_loop().call_later(_REFUSE_AGAIN_S, self._look_again, list(again))
+        for agent, why in reasons.items():
+            if agent in again:
+                continue  # it asks again then
+            self._refused_at[agent] = now
+            held = self._registry.get(agent)
+            if (
+                held is not None
+                and held.record.node == self._node
+                and held.record.incarnation == self._incarnation
+                and self._may_begin(held.record)
+            ):
+                self._refused[agent] = self._refusal(held, f"{self._node} {why}")
+        self._write.set()
+
+    def _on_dropped(self, reservations: list[str]) -> None:
+        self._emit(
+            "resources",
+            "dropped",
+            f"{len(reservations)} reservation(s) on {self._node} have no room there any more.",
+            node=self._node,
+            reservations=reservations[:_NAMED_MAX],
+        )
 
     def _refusal(self, held: Held, why: str) -> Change:
         return Change(
@@ -530,8 +626,6 @@ class Host:
         self._placed[record.id] = placed
         counts[worker] += 1
         self._expected[worker] ^= mark(record.id, record.epoch)
-        for name, amount in needs(record).items():
-            self._used[name] = self._used.get(name, 0.0) + amount
         return placed
 
     def _unplace(self, agent: str) -> None:
@@ -541,8 +635,7 @@ class Host:
         self._counts[placed.worker] -= 1
         self._expected[placed.worker] ^= mark(agent, placed.epoch)
         self._trimmer.forget(agent)
-        for name, amount in needs(placed.record).items():
-            self._used[name] = self._used.get(name, 0.0) - amount
+        self._admission.leave(agent)
 
     def _order(self, worker: str, stops: dict[str, int], starts: list[AgentRecord]) -> None:
         """Send these orders after those that are on their way to the worker; doesn't wait."""
@@ -579,9 +672,17 @@ class Host:
 
     async def _tell_stop(self, worker: str, agents: dict[str, int]) -> None:
         subject = self._subjects.control_worker(worker, "stop")
-        request = StopRequest(agents=agents, reason=self._draining or "stopped")
+        moving = {
+            agent: epoch
+            for agent, epoch in agents.items()
+            if (held := self._registry.get(agent)) is not None and held.record.move is not None
+        }
+        others = {agent: epoch for agent, epoch in agents.items() if agent not in moving}
         try:
-            await rpc.tell(self._bus, subject, request, timeout=_ORDER_TIMEOUT_S)
+            for some, reason in ((moving, MOVED), (others, self._draining or "stopped")):
+                if some:
+                    request = StopRequest(agents=some, reason=reason)
+                    await rpc.tell(self._bus, subject, request, timeout=_ORDER_TIMEOUT_S)
         except FoundationError as error:
             self._log.info("worker not told to stop yet", worker=worker, error=str(error))
             waiting = self._unstopped.setdefault(worker, {})
@@ -667,3 +768,9 @@ class Host:
         while (self._placed or self._reports) and loop.time() < deadline:
             await asyncio.sleep(0.01)
         return not self._placed
+
+
+def _goes(record: AgentRecord) -> bool:
+    """Whether this record hands the agent over to another node."""
+    origin = record.recovered_from
+    return record.status is AgentStatus.STARTING and origin is not None and origin.reason == MOVED

@@ -1,8 +1,9 @@
 """`NodeManager`: composes the services of one node; starts, drains and stops them; nothing else.
 
 It runs no agent code, so a busy agent can't stop its heartbeats. What it does
-when it ends: asked to stop (SIGTERM, Ctrl-C) it drains, that is, its agents
-finish the signal in hand, store, and are placed elsewhere at once; asked again
+when it ends: asked to stop (SIGTERM, Ctrl-C) it drains, that is, the leader moves its
+agents away a few at a time; what is left after `worker.drain_timeout_s`, or can't be
+moved, finishes the signal in hand, stores, and is placed elsewhere later; asked again
 it stops at once; killed, it takes its workers with it, and the others notice
 by missing responders. Declared down while it lives, it drops everything it
 held and joins again under a new incarnation.
@@ -24,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
@@ -35,18 +36,30 @@ from foundation_nats.bus.streams import StreamReader
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.membership import Membership
 from foundation_nats.cluster.registry import Registry
+from foundation_nats.cluster.rtt import peer_rtts, server_rtt
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.control.controller import Controller
-from foundation_nats.errors import BusError, BusUnavailableError, ConfigError, FoundationError
-from foundation_nats.node.blackbox import Suspect
+from foundation_nats.errors import (
+    BusError,
+    BusUnavailableError,
+    ConfigError,
+    ConflictError,
+    FoundationError,
+)
+from foundation_nats.node.blackbox import Suspect, importing
+from foundation_nats.node.capacity import detected
 from foundation_nats.node.host import Host
 from foundation_nats.node.spawning import WORKER_MODULE, Child, worker_count
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.worker import WorkerOrders
 from foundation_nats.node.workers import Workers
 from foundation_nats.signaling.expander import Expander
+from foundation_nats.signaling.rerouter import Rerouter
+from foundation_nats.signaling.timekeeper import Timekeeper
 from foundation_schemas import (
+    AgentRecord,
+    ClassInfo,
     DeploymentMeasure,
     Heartbeat,
     InspectReply,
@@ -54,15 +67,24 @@ from foundation_schemas import (
     MeasureReply,
     MeasureRequest,
     NodeRecord,
+    NodeStatus,
+    RttReply,
+    RttRequest,
     ValidateReply,
     ValidateRequest,
     WireModel,
     is_name,
 )
 
-_DRAIN_TIMEOUT_S = 20.0
+_STOP_REST_S = 20.0
+"""For what could not be moved away to stop in good order."""
+_NO_PROGRESS_S = 1.0
+"""A leaving node doesn't wait longer than this for a leader that moves nothing."""
 _VALIDATE_TIMEOUT_S = 20.0
-_CPU_SMOOTHING = 0.1
+_CPU_SMOOTHING = 0.2
+_LOAD_EVERY_S = 1.0
+"""Less often than heartbeats: to read it from the kernel costs more than to send one."""
+_RTT_TIMEOUT_MAX_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +101,8 @@ class NodeOptions:
     capabilities: tuple[str, ...] = ()
     """What the node offers to agents that require it."""
     capacity: Mapping[str, float] = field(default_factory=dict)
-    """Declared limits such as ``slots=500`` or ``gpu=1``; what is not declared is not limited."""
+    """Declared limits such as ``slots=500`` or ``gpu=1``, besides the ``cpu`` and ``memory_mb`` that
+    are found out (`capacity.detected`); agents count only for what they say they need."""
     log_level: str = "info"
     log_json: bool = False
 
@@ -122,6 +145,9 @@ class NodeManager:
         self._worker_ids = [f"{self.name}-w{i}" for i in range(count)]
         self.ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         """Resolves when the node can't go on: with the reason."""
+        self._asked = asyncio.Event()
+        """Set when somebody wants the node to drain and stop: by a signal, or over the bus."""
+        self._is_process = False
         self._workers = Workers(
             config.worker,
             count=count,
@@ -140,10 +166,14 @@ class NodeManager:
         self._controller: Controller | None = None
         self._host: Host | None = None
         self._validity: Validity | None = None
+        self._describing: dict[str, list[asyncio.Future[tuple[str, Suspect | None]]]] = {}
+        """Per worker, who waits for what it finds behind class names."""
         self._rejoining = False
+        self._has_left = False
         self._micro: MicroService | None = None
         self._draining = False
-        self._cpu = 0.0
+        self._cpu = self._memory = 0.0
+        self._load_at = 0.0
 
     # ---- start ------------------------------------------------------------------
 
@@ -169,13 +199,14 @@ class NodeManager:
             lambda failure: self._end(f"a service failed: {failure.result()!r}")
         )
         await assets.ensure(bus, config)
+        capacity = {**detected(), **self._options.capacity}
         record = NodeRecord(
             name=self.name,
             incarnation=0,
             workers=self._worker_ids,
             capabilities=sorted(self._options.capabilities),
             labels=dict(self._options.labels),
-            capacity=dict(self._options.capacity),
+            capacity=capacity,
             host=platform.node(),
             pid=os.getpid(),
             started_at=utc_text(),
@@ -204,8 +235,9 @@ class NodeManager:
             self._workers,
             trimmer,
             node=self.name,
-            capacity=dict(self._options.capacity),
+            capacity=capacity,
             emit=membership.emit,
+            retry_s=config.control.retry_s,
         )
         self._host.open(scope, joined.incarnation)
         verbs = {
@@ -213,17 +245,43 @@ class NodeManager:
             "measure": self._measure,
             "validate": self._validate,
             "heartbeat": self._heartbeat,
+            "force_failover": self._force_failover,
+            "rtt": self._rtt,
+            "stop": self._stop_asked,
         }
         for verb, handler in verbs.items():
             rpc.serve(bus, scope, self._subjects.control_node(self.name, verb), handler)
         self._micro = self._announce(bus)
         scope.start(trimmer.run(), "trimmer")
         expander = Expander(
-            bus, self._subjects, registry, full_patience_s=config.mailbox.full_patience_s
+            bus,
+            self._subjects,
+            registry,
+            full_patience_s=config.mailbox.full_patience_s,
+            window_s=config.mailbox.duplicate_window_s,
+            load_of=self._place_load,
         )
         scope.start(expander.run(), "expander")
-        self._controller = Controller(bus, self._subjects, config, membership, registry)
-        await self._controller.open(scope)
+        self._controller = controller = Controller(
+            bus, self._subjects, config, membership, registry
+        )
+        await controller.open(scope)
+        timekeeper = Timekeeper(
+            bus,
+            self._subjects,
+            full_patience_s=config.mailbox.full_patience_s,
+            window_s=config.mailbox.duplicate_window_s,
+        )
+        scope.start(timekeeper.run(), "timekeeper")
+        rerouter = Rerouter(
+            bus,
+            self._subjects,
+            registry,
+            node=self.name,
+            is_leader=lambda: controller.is_leader,
+            emit=membership.emit,
+        )
+        scope.start(rerouter.run(), "rerouter")
         self._log.info("node is up", incarnation=joined.incarnation, workers=len(self._worker_ids))
 
     def _announce(self, bus: Bus) -> MicroService:
@@ -278,6 +336,9 @@ class NodeManager:
             self._membership.beat_now()
 
     def _worker_died(self, worker: str, cause: str, suspect: Suspect | None) -> None:
+        for died in self._describing.pop(worker, ()):
+            if not died.done():
+                died.set_result((cause, suspect))
         if self._host is not None and not self._rejoining:
             self._host.worker_died(worker, cause, suspect)
 
@@ -312,14 +373,21 @@ class NodeManager:
 
     def _load(self) -> Load:
         own = self._host.load() if self._host is not None else Load()
-        # Smoothed over some ten heartbeats: placement should see load, not noise.
-        self._cpu += _CPU_SMOOTHING * (psutil.cpu_percent(None) / 100 - self._cpu)
-        return own.model_copy(
-            update={
-                "cpu": round(self._cpu, 3),
-                "memory": round(psutil.virtual_memory().percent / 100, 3),
-            }
-        )
+        now = monotonic()
+        if now - self._load_at >= _LOAD_EVERY_S:
+            self._load_at = now
+            # Smoothed over some ten looks: placement should see load, not noise.
+            self._cpu += _CPU_SMOOTHING * (psutil.cpu_percent(None) / 100 - self._cpu)
+            self._memory = psutil.virtual_memory().percent / 100
+        return own.model_copy(update={"cpu": round(self._cpu, 3), "memory": round(self._memory, 3)})
+
+    def _place_load(self, record: AgentRecord) -> float:
+        """Signals that wait on an agent's node, per agent there."""
+        assert self._membership is not None
+        node = None if record.node is None else self._membership.nodes().get(record.node)
+        if node is None or node.load is None:
+            return 0.0
+        return node.load.backlog / max(1, node.load.agents)
 
     # ---- control ----------------------------------------------------------------
 
@@ -366,6 +434,19 @@ class NodeManager:
                 )
         return MeasureReply(deployments=sums, cpu=self._load().cpu)
 
+    async def _force_failover(self, _data: bytes) -> None:
+        assert self._membership is not None
+        self._log.warning("the storm brake is overridden")
+        self._membership.force_failover()
+
+    async def _stop_asked(self, _data: bytes) -> None:
+        if not self._is_process:
+            raise ConflictError(
+                f"Node {self.name} runs within another program.", hint="Stop that program."
+            )
+        self._log.info("asked over the bus to drain and stop")
+        self._asked.set()
+
     async def _heartbeat(self, _data: bytes) -> WireModel:
         assert self._membership is not None
         return Heartbeat(
@@ -377,17 +458,84 @@ class NodeManager:
             load=self._load(),
         )
 
-    async def _validate(self, data: bytes) -> WireModel:
+    async def _rtt(self, data: bytes) -> WireModel:
+        """How far the server and the other nodes are from here; within the asker's time."""
         assert self._bus is not None
+        assert self._membership is not None
+        bus, membership = self._bus, self._membership
+        request = rpc.decode(RttRequest, data)
+        timeout = max(0.0, min(request.timeout_s, _RTT_TIMEOUT_MAX_S))
+        # Those that answer first: who does not, takes all the time there is.
+        heard = membership.hears()
+        peers = sorted(set(request.peers) - {self.name}, key=lambda peer: (peer not in heard, peer))
+        began = monotonic()
+        server = await server_rtt(bus, timeout=timeout / 2)
+        found = await peer_rtts(bus, self._subjects, peers, timeout=timeout - (monotonic() - began))
+        facts = bus.server_facts
+        return RttReply(
+            node=self.name,
+            incarnation=membership.incarnation,
+            draining=self._draining,
+            load=self._load(),
+            server=str(facts.get("server_name") or facts.get("server_id") or ""),
+            server_cluster=str(facts.get("cluster") or ""),
+            server_rtt_ms=server,
+            peers=found,
+            hears=sorted(membership.hears()),
+            leader=None if self._controller is None else self._controller.leader,
+            gave_up={
+                node.name: node.incarnation
+                for node in membership.nodes().values()
+                if not node.is_alive and self._controller is not None and self._controller.is_leader
+            },
+        )
+
+    async def _validate(self, data: bytes) -> WireModel:
+        """Have a worker import what is asked about; an import that ends it is said to do so."""
         request = rpc.decode(ValidateRequest, data)
+        found: dict[str, ClassInfo] = {}
         for _ in range(100):
+            runs = [run for run in request.runs if run not in found]
             if ready := self._workers.ready():
-                subject = self._subjects.control_worker(ready[0], "validate")
-                return await rpc.call(
-                    self._bus, subject, request, ValidateReply, timeout=_VALIDATE_TIMEOUT_S
-                )
+                described = await self._describe(ready[0], runs)
+                found |= {info.run: info for info in described}
+                if len(found) == len(set(request.runs)):
+                    return ValidateReply(classes=[found[run] for run in request.runs])
             await asyncio.sleep(0.05)
         raise BusUnavailableError(f"No worker of {self.name} is ready.")
+
+    async def _describe(self, worker: str, runs: list[str]) -> list[ClassInfo]:
+        assert self._bus is not None
+        died: asyncio.Future[tuple[str, Suspect | None]]
+        died = asyncio.get_running_loop().create_future()
+        self._describing.setdefault(worker, []).append(died)
+        call: asyncio.Task[ValidateReply] = asyncio.create_task(
+            rpc.call(
+                self._bus,
+                self._subjects.control_worker(worker, "validate"),
+                ValidateRequest(runs=runs),
+                ValidateReply,
+                timeout=_VALIDATE_TIMEOUT_S,
+            )
+        )
+        try:
+            either: set[asyncio.Future[Any]] = {call, died}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not died.done():
+                return (await call).classes
+            cause, suspect = died.result()
+        finally:
+            if waiting := self._describing.get(worker):
+                waiting.remove(died)
+            call.cancel()
+            await asyncio.wait({call})
+        return [
+            ClassInfo(
+                run=run, ok=False, error=f"{run}: importing it ended the worker process ({cause})"
+            )
+            for run in runs
+            if suspect is not None and suspect == importing(run)
+        ]
 
     @property
     def worker_pids(self) -> dict[str, int]:
@@ -398,16 +546,20 @@ class NodeManager:
 
     async def stop(self, *, drain: bool = True) -> None:
         """Leave the cluster; with *drain* the agents go first. Idempotent."""
-        membership, self._membership = self._membership, None
+        # It stays for those who ask meanwhile: a drain may take a while.
+        membership = None if self._has_left else self._membership
+        self._has_left = True
         if membership is not None and self._bus is not None and self._bus.is_connected:
+            move_s = self._config.worker.drain_timeout_s
             with contextlib.suppress(FoundationError, TimeoutError):
-                async with asyncio.timeout(_DRAIN_TIMEOUT_S + 10):
+                async with asyncio.timeout(move_s + _STOP_REST_S + 10):
                     if drain and self._host is not None:
                         self._draining = True
                         membership.set_draining()
                         failpoint("drain.mid")
+                        await self._wait_moved(self._host, membership, move_s)
                         if not await self._host.drain(
-                            f"drained from {self.name}", timeout=_DRAIN_TIMEOUT_S
+                            f"drained from {self.name}", timeout=_STOP_REST_S
                         ):
                             self._log.warning("not every agent could be drained in time")
                     if self._controller is not None:
@@ -424,6 +576,25 @@ class NodeManager:
             await self._bus.close()
         self._log.info("node has stopped")
 
+    async def _wait_moved(self, host: Host, membership: Membership, timeout: float) -> None:
+        """Let the leader move the agents away, a few at a time; not if it doesn't get on.
+
+        What is left, because there is no leader, no other node or no time, is stopped.
+        """
+        loop = asyncio.get_running_loop()
+        began = progressed = loop.time()
+        before = host.leaving()
+        while before[0] and (now := loop.time()) - began < timeout:
+            others = (view for name, view in membership.nodes().items() if name != self.name)
+            if not any(view.status is NodeStatus.UP for view in others):
+                return
+            found = host.leaving()
+            if found[1] or found != before:
+                progressed, before = now, found
+            elif now - progressed > _NO_PROGRESS_S:
+                return
+            await asyncio.sleep(0.01)
+
     async def run(self) -> int:
         """Start, serve until told to stop, stop; returns the exit code.
 
@@ -433,7 +604,8 @@ class NodeManager:
             FoundationError: the node could not start.
         """
         loop = asyncio.get_running_loop()
-        asked = asyncio.Event()
+        self._is_process = True
+        asked = self._asked
         again = asyncio.Event()
 
         def on_signal() -> None:

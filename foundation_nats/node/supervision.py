@@ -7,7 +7,10 @@ the intensity stays spent until its window has passed.
 
 A first restart is immediate, the next ones wait ever longer; `good_life_s`
 without an end makes a child new again. Failures count when they happen: in no
-window of `window_s` are more than `max_restarts` restarts decided.
+window of `window_s` are more than `max_restarts` restarts decided, but for those of ends
+that have their cause elsewhere (`Exited.is_blamed`): ending this supervisor, too, would
+only take the cause to the next one. They wait at most `blamed_backoff_max_s`, because
+whoever deals with the cause slows it down.
 
 Obligations of the caller: say `Started` when a child runs, `Exited` when it
 ended or could not be started, `Removed` when it was stopped on purpose; carry
@@ -50,6 +53,8 @@ class Exited:
     key: str
     reason: str
     is_normal: bool = False
+    is_blamed: bool = False
+    """Somebody is known to have ended it, and is dealt with elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,7 @@ class Supervisor:
     window_s: float = 60.0
     backoff_first_s: float = 0.1
     backoff_max_s: float = 30.0
+    blamed_backoff_max_s: float = 1.0
     good_life_s: float = 60.0
     _children: dict[str, _Child] = field(default_factory=dict)
     _intensity: RestartIntensity = field(init=False)
@@ -198,8 +204,8 @@ class Supervisor:
             case Started(key, policy):
                 self._started(key, policy, now)
                 return []
-            case Exited(key, reason, is_normal):
-                return self._exited(key, reason, is_normal, now)
+            case Exited():
+                return self._exited(event, now)
             case Removed(key):
                 self._children.pop(key, None)
                 return []
@@ -219,22 +225,25 @@ class Supervisor:
         if child.started_at is None:
             child.started_at = now
 
-    def _exited(self, key: str, reason: str, is_normal: bool, now: float) -> list[Effect]:
+    def _exited(self, event: Exited, now: float) -> list[Effect]:
+        key, reason = event.key, event.reason
         child = self._children.get(key)
         if child is None:
             return []  # stopped on purpose, or given up: its end is no news
         wants_restart = child.policy is Policy.PERMANENT or (
-            child.policy is Policy.TRANSIENT and not is_normal
+            child.policy is Policy.TRANSIENT and not event.is_normal
         )
         if not wants_restart:
             del self._children[key]
             return [GiveUp(key, reason)]
-        if not self._intensity.permit(now):
+        if not event.is_blamed and not self._intensity.permit(now):
             del self._children[key]
             self._escalations += 1
             limit = f"it would take more than {self.max_restarts} restarts in {self.window_s:g} s"
             return [Escalate(key, f"{limit}: {reason}")]
         delay_s = self._backoff(child.restarts)
+        if event.is_blamed:
+            delay_s = min(delay_s, self.blamed_backoff_max_s)
         child.started_at = None
         child.restarts += 1
         self._restarts += 1

@@ -45,6 +45,7 @@ from foundation_schemas import (
 REPORT_EVERY_S = 0.5
 REPORT_IDLE_S = 2.0
 _LAG_TICK_S = 0.2
+_LAG_TICK_IDLE_S = 1.0
 _REVIEW_AGAIN_S = 0.2
 
 
@@ -227,11 +228,12 @@ class Worker:
 
     async def _lag_loop(self) -> None:
         while True:
-            due = monotonic() + _LAG_TICK_S
-            await asyncio.sleep(_LAG_TICK_S)
+            pause = _LAG_TICK_S if self._was_busy else _LAG_TICK_IDLE_S
+            due = monotonic() + pause
+            await asyncio.sleep(pause)
             late = max(0.0, monotonic() - due)
             # Rises at once, falls slowly: a heartbeat sees the worst of the last second.
-            self._lag_s = max(late, self._lag_s * 0.8)
+            self._lag_s = max(late, self._lag_s * 0.8 ** (pause / _LAG_TICK_S))
 
     async def close(self) -> None:
         """End every task."""

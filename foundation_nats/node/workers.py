@@ -38,6 +38,8 @@ from foundation_nats.node.worker import WorkerOrders
 from foundation_schemas import Pong
 
 _PING_EVERY_S = 1.0
+_QUIET_S = 2.5
+"""Longer than an idle worker takes from one report to the next."""
 _READY_TIMEOUT_S = 30.0
 
 
@@ -65,7 +67,8 @@ class Workers:
     *on_ready* and *on_died* are called with a worker's id, the latter also with the
     cause and the handler that was running; *may_judge* says whether silence has proved
     something for so many seconds; *on_exhausted* when
-    workers die more often than `restarts_max` in `restart_window_s`.
+    workers die more often than `restarts_max` in `restart_window_s`, those apart that died
+    in an agent's handler.
     """
 
     def __init__(
@@ -136,12 +139,23 @@ class Workers:
         try:
             await self._wait_ready(entry, exited)
             while not exited.done():
-                await asyncio.wait([exited], timeout=_PING_EVERY_S)
-                if not exited.done():
+                left = entry.answered_at + self._quiet_s - monotonic()
+                await asyncio.wait([exited], timeout=max(_PING_EVERY_S / 2, left))
+                if not exited.done() and monotonic() - entry.answered_at >= self._quiet_s:
                     await self._check_hang(entry)
             await self._restart(entry, exited.result())
         finally:
             exited.cancel()
+
+    @property
+    def _quiet_s(self) -> float:
+        """For how long a worker may say nothing by itself before it is asked whether it hangs."""
+        return max(_PING_EVERY_S, min(_QUIET_S, self._config.hang_after_s / 4))
+
+    def heard(self, worker: str) -> None:
+        """It has reported: it needn't be asked whether it hangs."""
+        if (entry := self._workers.get(worker)) is not None:
+            entry.answered_at = monotonic()
 
     async def _wait_ready(self, entry: WorkerProcess, exited: asyncio.Task[int]) -> None:
         while not exited.done():
@@ -166,10 +180,14 @@ class Workers:
 
     async def _check_hang(self, entry: WorkerProcess) -> None:
         subject = self._subjects.control_worker(entry.id, "ping")
-        since = monotonic()
+        # What it was quiet before counts, as if it had been asked every second.
+        now = monotonic()
+        since = max(now - self._quiet_s, min(now, entry.answered_at + _PING_EVERY_S))
         while not self._closing:
+            limit = self._config.hang_after_s
+            timeout = max(limit / 2, limit - (monotonic() - since))
             try:
-                await rpc.call(self._bus, subject, None, Pong, timeout=self._config.hang_after_s)
+                await rpc.call(self._bus, subject, None, Pong, timeout=timeout)
                 entry.answered_at = monotonic()
                 return
             except BusTimeoutError:
@@ -179,6 +197,9 @@ class Workers:
                     and self._may_judge(self._config.hang_after_s)
                     and monotonic() - since >= self._config.hang_after_s * 0.9
                 ):
+                    # It may have been cut off itself, and be back: its agents are worth a question.
+                    if await self._ping(entry, timeout=min(2.0, self._config.hang_after_s / 2)):
+                        return
                     self._log.error("worker hangs; killed", worker=entry.id)
                     entry.process.kill()
                     return
@@ -200,7 +221,10 @@ class Workers:
         )
         entry.ready = False
         self._on_died(entry.id, cause, suspect)
-        for effect in self._supervisor.step(Exited(entry.id, cause), monotonic()):
+        # Whose handler ended it has a back-off of its own, and its signal a limit of attempts.
+        # Were the node to end instead, they would end the next one, too.
+        ended = Exited(entry.id, cause, is_blamed=suspect is not None)
+        for effect in self._supervisor.step(ended, monotonic()):
             match effect:
                 case Restart(worker, delay_s):
                     await asyncio.sleep(delay_s)

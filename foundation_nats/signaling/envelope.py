@@ -14,6 +14,11 @@ from typing import Any
 from foundation_nats.base.clock import utc_text
 from foundation_nats.bus.rpc import to_json
 
+BOX = "~"
+"""How the names of mailboxes begin that belong to no agent, but hold the answers to stored questions."""
+ANSWER = "foundation.answer"
+"""The type of such an answer."""
+
 
 def message_id(target: str, source: str, signal_id: str) -> str:
     """What the server deduplicates by: 32 hex digits."""
@@ -42,6 +47,7 @@ def encode_envelope(
     data: Any,
     traceparent: str | None = None,
     cause: str | None = None,
+    deadline: str | None = None,
 ) -> bytes:
     """A CloudEvents 1.0 envelope in structured mode.
 
@@ -61,4 +67,6 @@ def encode_envelope(
     }
     if cause is not None:
         body["cause"] = cause
+    if deadline is not None:
+        body["deadline"] = deadline
     return to_json(body)

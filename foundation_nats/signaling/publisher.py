@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Mapping
 from secrets import token_hex
 from typing import Any
 
@@ -26,6 +27,7 @@ from foundation_nats.errors import (
     FoundationError,
 )
 from foundation_nats.signaling.envelope import encode_envelope, message_id
+from foundation_nats.signaling.schedules import SIGNALS, Timer, timer_headers, timer_name
 from foundation_schemas import Receipt, Target, TargetKind
 
 _RETRY_FIRST_S = 0.02
@@ -70,8 +72,10 @@ class Publisher:
         timeout: float,
         traceparent: str | None = None,
         cause: str | None = None,
+        deadline: str | None = None,
+        timer: Timer | None = None,
     ) -> Receipt:
-        """Store a signal for *target*.
+        """Store a signal for *target*; with *timer* for later, under its id as the timer's name.
 
         Cancellation: the signal may or may not be stored; send the same id again to be sure.
 
@@ -92,10 +96,16 @@ class Publisher:
             data=data,
             traceparent=traceparent,
             cause=cause,
+            deadline=deadline,
         )
-        ack = await self.store(
-            subject, payload, message_id(name, self.source, signal_id), timeout=timeout
-        )
+        msg_id = message_id(name, self.source, signal_id)
+        headers = None
+        if timer is not None:
+            subject = self._subjects.timer(SIGNALS, timer_name(signal_id))
+            # One that was cancelled may be set again under its id.
+            msg_id = message_id(name, self.source, f"{signal_id}\n{timer.generation}")
+            headers = timer_headers(timer, self._subjects.due())
+        ack = await self.store(subject, payload, msg_id, timeout=timeout, headers=headers)
         return Receipt(
             id=signal_id,
             target=name,
@@ -104,12 +114,20 @@ class Publisher:
             duplicate=ack.duplicate,
         )
 
-    async def store(self, subject: str, payload: bytes, msg_id: str, *, timeout: float) -> PubAck:
+    async def store(
+        self,
+        subject: str,
+        payload: bytes,
+        msg_id: str,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> PubAck:
         """Append with retries until *timeout*; raises as `send`."""
         deadline = monotonic() + timeout
         delay = _RETRY_FIRST_S
         unknown: BusTimeoutError | None = None
-        headers = {"Nats-Msg-Id": msg_id}
+        headers = {"Nats-Msg-Id": msg_id, **(headers or {})}
         if planted("ack_before_store"):
             append_nowait(self._bus, subject, payload, lambda ack: None, headers=headers)
             return PubAck("", 0, False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from datetime import datetime
 from secrets import token_hex
 from typing import Any, Generic, TypeVar
 
@@ -55,6 +56,10 @@ class Emitted:
     """As a target: ``agent:ID``, ``capability:NAME`` …"""
     cause: str | None
     """The id of the signal that was handled."""
+    timer: str | None = None
+    """The name, if it is sent later (`ctx.schedule`); a cancelled one has the type ``cancel``."""
+    due: datetime | None = None
+    """When it is sent first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +289,8 @@ class AgentHarness(Generic[A]):
                 orjson.loads(orjson.dumps(emission.data)),
                 str(emission.target),
                 None if signal is None else signal.id,
+                emission.name or None,
+                None if emission.timer is None else emission.timer.due,
             )
             for emission in agent.ctx._emissions
         ]

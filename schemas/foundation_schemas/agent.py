@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from foundation_schemas.base import AgentId, Capability, NodeId, WireModel
+from foundation_schemas.base import AgentId, Capability, Name, NodeId, WireModel
 from foundation_schemas.label import parse_expression
+from foundation_schemas.signal import check_topic_pattern
 
 
 class AgentStatus(StrEnum):
@@ -38,6 +39,11 @@ class OnNodeLoss(StrEnum):
     RESTART = "restart"
     UNAVAILABLE = "unavailable"
     STOP = "stop"
+
+
+def _checked_expression(text: str) -> str:
+    parse_expression(text)
+    return text
 
 
 class WhenUnsatisfiable(StrEnum):
@@ -67,7 +73,9 @@ class PlacementPolicy(WireModel):
     """Capabilities that make a node better."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels the node must carry, with these very values."""
-    expressions: list[str] = Field(default_factory=list)
+    expressions: list[Annotated[str, AfterValidator(_checked_expression)]] = Field(
+        default_factory=list
+    )
     """What the node's labels must satisfy, all of it: see `foundation_schemas.label`."""
     spread: str | Spread | None = None
     """Over whose values replicas are spread; a plain name is the object with `anyway`."""
@@ -76,14 +84,7 @@ class PlacementPolicy(WireModel):
     max_per_node: int | None = Field(default=None, ge=1)
     """Replicas of the deployment on one node."""
 
-    @field_validator("expressions")
-    @classmethod
-    def _check_expressions(cls, value: list[str]) -> list[str]:
-        for text in value:
-            parse_expression(text)
-        return value
-
-    @field_validator("spread", "anti_affinity")
+    @field_validator("anti_affinity")
     @classmethod
     def _check_label(cls, value: Any) -> Any:
         if value == "":
@@ -102,6 +103,23 @@ class PlacementPolicy(WireModel):
         if isinstance(spread, Spread) and spread.when_unsatisfiable is WhenUnsatisfiable.PENDING:
             return spread.max_skew
         return None
+
+
+class SubscriptionMode(StrEnum):
+    """Which of those that subscribe get a signal on a topic."""
+
+    ALL = "all"
+    ONE_OF_GROUP = "one-of-group"
+
+
+class Subscription(WireModel):
+    """What an agent wants to be sent of what is published on topics."""
+
+    topic: Annotated[str, AfterValidator(check_topic_pattern)]
+    """A pattern: ``*`` stands for one word, a last ``>`` for one or more."""
+    mode: SubscriptionMode = SubscriptionMode.ALL
+    group: Name | None = None
+    """With `one-of-group`: those of one group share the work; None: those of one deployment."""
 
 
 _LATER: dict[str, Any] = {"expressions": [], "anti_affinity": False, "max_per_node": None}
@@ -125,6 +143,19 @@ class AgentSpec(WireModel):
     """None: `restart` for critical agents, else `unavailable` for a grace and then `restart`."""
     config: dict[str, Any] = Field(default_factory=dict)
     restart: str = "permanent"
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Its own, for targets of ``label:EXPRESSION``; the nodes' are in `placement`."""
+    subscribe: list[Subscription] = Field(default_factory=list)
+    """Topics whose signals it is sent."""
+    reservation: str | None = None
+    """Of resources: where it still counts the agent starts there first, and it becomes its share."""
+
+    @field_validator("subscribe", mode="before")
+    @classmethod
+    def _topics(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"topic": item} if isinstance(item, str) else item for item in value]
+        return value
 
     @field_validator("run")
     @classmethod
@@ -149,6 +180,9 @@ class AgentSpec(WireModel):
         for key, blank in _LATER.items():
             if placement[key] == blank:
                 del placement[key]
+        for key in ("reservation", "labels", "subscribe"):
+            if not values[key]:
+                del values[key]
         raw = orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
         return hashlib.blake2b(raw, digest_size=6).hexdigest()
 
@@ -162,6 +196,21 @@ class RecoveredFrom(WireModel):
     """``node_down``, ``worker_died``, ``moved``, ``restarted``."""
     sequence: int | None = None
     """The signal that was being handled when the worker died; None: another agent's, or none."""
+
+
+class MoveOrder(WireModel):
+    """Where a running agent shall go; in its record until the node that runs it has let it go.
+
+    That node stops it in good order and then writes the assignment of the next node
+    itself, so that the agent pauses for one hop only. Where it can't, any leader goes on.
+    """
+
+    to: NodeId | None = None
+    """None: wherever the leader places it."""
+    incarnation: int = 0
+    """The life of that node."""
+    why: str = ""
+    """For people: drained, rebalanced."""
 
 
 class AgentRecord(WireModel):
@@ -183,6 +232,8 @@ class AgentRecord(WireModel):
     recovered_from: RecoveredFrom | None = None
     failures: int = 0
     """Failed starts in a row, for back-off."""
+    move: MoveOrder | None = None
+    """While it is `moving`: `desired` is ``stop`` then, and it is stopped to run elsewhere."""
     since: str | None = None
     """UTC of the last change, for people."""
 
@@ -193,6 +244,8 @@ class OutboxEntry(WireModel):
     subject: str
     msg_id: str
     body: Any
+    headers: dict[str, str] | None = None
+    """Besides the id: what makes it a timer, see `signaling/schedules.py`."""
 
 
 class Writer(WireModel):
@@ -224,5 +277,7 @@ class StateRecord(WireModel):
     outbox: list[OutboxEntry] = Field(default_factory=list)
     outbox_since: str = ""
     """The server's time of the record that first held this outbox, while it is being recovered."""
+    skip: list[int] = Field(default_factory=list)
+    """Signals beyond the cursor that were given to another agent: see `signaling/rerouter.py`."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

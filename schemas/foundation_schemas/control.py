@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from foundation_schemas.agent import AgentRecord, AgentStatus
-from foundation_schemas.base import WireModel
+from foundation_schemas.agent import AgentRecord, AgentStatus, Subscription
+from foundation_schemas.base import NodeId, WireModel
+from foundation_schemas.lease import LeaseRecord
 from foundation_schemas.node import Load
 
 
@@ -42,6 +43,34 @@ class ProbeReply(WireModel):
     reachable: bool
 
 
+class RttRequest(WireModel):
+    """How far are the server and these nodes from you?"""
+
+    peers: list[NodeId] = Field(default_factory=list)
+    timeout_s: float = 1.0
+
+
+class RttReply(WireModel):
+    """What a node measured just now, and what it believes."""
+
+    node: str
+    incarnation: int
+    draining: bool = False
+    load: Load = Load()
+    server: str = ""
+    """The name of the NATS server that it is connected to."""
+    server_cluster: str = ""
+    server_rtt_ms: float | None = None
+    peers: dict[str, float | None] = Field(default_factory=dict)
+    """Milliseconds until each answered; None: not in time."""
+    hears: list[str] = Field(default_factory=list)
+    """The other nodes whose heartbeats reach it."""
+    leader: LeaseRecord | None = None
+    """Who holds the lease, as it last saw."""
+    gave_up: dict[str, int] = Field(default_factory=dict)
+    """While it leads: the nodes that it holds to be down, and which life of theirs."""
+
+
 class ValidateRequest(WireModel):
     """Can these classes be imported where you are?"""
 
@@ -60,6 +89,8 @@ class ClassInfo(WireModel):
     doc: str | None = None
     handles: list[str] = Field(default_factory=list)
     """Signal types it handles."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    subscribe: list[Subscription] = Field(default_factory=list)
 
 
 class ValidateReply(WireModel):

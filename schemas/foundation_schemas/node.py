@@ -53,6 +53,8 @@ class NodeRecord(WireModel):
     started_at: str = ""
     ended: bool = False
     """This life was declared over: it comes back under a higher incarnation or not at all."""
+    short_lives: int = 0
+    """How many lives in a row ended soon after they had begun, the last one included."""
     cordoned: bool = False
     """It keeps the agents it has and gets no new ones."""
     cordon_reason: str = ""
@@ -71,6 +73,8 @@ class Heartbeat(WireModel):
     left: bool = False
     """The last words of a node that stops in good order."""
     load: Load = Load()
+    hears: list[str] | None = None
+    """The other nodes whose heartbeats reach the sender; None: as it last said."""
 
 
 class Echo(WireModel):

@@ -1,4 +1,4 @@
-"""The `Envelope` of a signal (CloudEvents 1.0, structured JSON), its `Target` and its `Receipt`.
+"""The `Envelope` of a signal (CloudEvents 1.0, structured JSON), its `Target` and its `Receipt`; topics.
 
 Pure. An envelope on the wire is one JSON object, so that ``nats sub 'fnd.C.>'``
 is readable and programs in other languages can join. Extension attributes are
@@ -13,9 +13,58 @@ from typing import Any
 from pydantic import Field
 
 from foundation_schemas.base import WireModel, check_name
+from foundation_schemas.label import parse_expression
 
 SPEC_VERSION = "1.0"
 TYPE_LENGTH_MAX = 256
+TOPIC_TOKENS_MAX = 16
+_KINDS = (
+    "ID, agent:ID, capability:NAME, any:NAME, deployment:NAME, label:EXPRESSION, topic:NAME "
+    "or everyone"
+)
+
+
+def check_topic(text: str) -> str:
+    """Return *text* if a signal can be published on it: names joined by dots.
+
+    Raises:
+        ValueError: it is not.
+    """
+    tokens = text.split(".")
+    if len(tokens) > TOPIC_TOKENS_MAX:
+        raise ValueError(f"{text[:40]!r} is no topic: more than {TOPIC_TOKENS_MAX} words")
+    try:
+        for token in tokens:
+            check_name(token)
+    except ValueError as error:
+        raise ValueError(f"{text[:40]!r} is no topic: {error}") from None
+    return text
+
+
+def check_topic_pattern(text: str) -> str:
+    """Return *text* if it is a topic, in which ``*`` may stand for a word and a last ``>`` for the rest.
+
+    Raises:
+        ValueError: it is not.
+    """
+    tokens = text.split(".")
+    if tokens[-1] == ">":
+        tokens[-1] = "x"
+    check_topic(".".join("x" if word == "*" else word for word in tokens))
+    return text
+
+
+def matches_topic(pattern: str, topic: str) -> bool:
+    """Whether *topic* fits *pattern*, by the rules of NATS subjects."""
+    wanted, found = pattern.split("."), topic.split(".")
+    if wanted[-1] == ">":
+        wanted.pop()
+        if len(found) <= len(wanted):
+            return False
+        found = found[: len(wanted)]
+    return len(wanted) == len(found) and all(
+        a in ("*", b) for a, b in zip(wanted, found, strict=True)
+    )
 
 
 class TargetKind(StrEnum):
@@ -25,18 +74,21 @@ class TargetKind(StrEnum):
     CAPABILITY = "capability"
     ANY = "any"
     DEPLOYMENT = "deployment"
+    LABEL = "label"
+    TOPIC = "topic"
     EVERYONE = "everyone"
 
 
 class Target(WireModel):
-    """Who shall receive a signal: one agent, all or any with a capability, a deployment, everyone."""
+    """Who shall receive a signal: one agent, all or any with a capability, subscribers, everyone …"""
 
     kind: TargetKind
     name: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read ``ID``, ``agent:ID``, ``capability:NAME``, ``any:NAME``, ``deployment:NAME`` or ``everyone``.
+        """Read ``ID``, ``agent:ID``, ``capability:NAME``, ``any:NAME``, ``deployment:NAME``,
+        ``label:EXPRESSION``, ``topic:NAME`` or ``everyone``.
 
         Raises:
             ValueError: the text names no kind of target, or its name is not valid.
@@ -46,12 +98,16 @@ class Target(WireModel):
         kind, colon, name = text.partition(":")
         if not colon:
             return cls(kind=TargetKind.AGENT, name=check_name(text))
-        if kind not in ("agent", "capability", "any", "deployment"):
-            raise ValueError(
-                f"{text!r} is not a target: use ID, agent:ID, capability:NAME, any:NAME, "
-                "deployment:NAME or everyone"
-            )
-        return cls(kind=TargetKind(kind), name=check_name(name))
+        match kind:
+            case "agent" | "capability" | "any" | "deployment":
+                return cls(kind=TargetKind(kind), name=check_name(name))
+            case "label":
+                for part in name.split(";"):
+                    parse_expression(part)
+                return cls(kind=TargetKind.LABEL, name=name)
+            case "topic":
+                return cls(kind=TargetKind.TOPIC, name=check_topic(name))
+        raise ValueError(f"{text!r} is not a target: use {_KINDS}")
 
     def __str__(self) -> str:
         return self.kind if self.kind is TargetKind.EVERYONE else f"{self.kind}:{self.name}"
@@ -75,6 +131,10 @@ class Envelope(WireModel):
     traceparent: str | None = None
     cause: str | None = None
     """The id of the signal whose handling emitted this one."""
+    deadline: str | None = None
+    """UTC, RFC 3339: not handled after it, by the clock of the receiver's machine."""
+    replyto: str | None = None
+    """The box that gets the handler's result in the commit of its effects; not of an ask."""
 
 
 class Receipt(WireModel):

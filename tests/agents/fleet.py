@@ -72,6 +72,53 @@ class Mirror(Agent):
         self.state.applied.append(signal.data.key)
 
 
+class Recorder(Agent):
+    """Writes down the id of every signal, and sets timers for itself."""
+
+    class State(State):
+        applied: list[str] = Field(default_factory=list)
+
+    @on("record")
+    async def record(self, signal: Signal) -> None:
+        self.state.applied.append(signal.id)
+
+    @on("note")
+    async def note(self, signal: Signal[Entry]) -> None:
+        self.state.applied.append(signal.data.key)
+
+    @on("set")
+    async def set(self, signal: Signal[dict[str, object]]) -> str:
+        return self.ctx.schedule("note", {"key": "rang"}, **signal.data)
+
+    @on("unset")
+    async def unset(self, signal: Signal[str]) -> None:
+        self.ctx.cancel(signal.data)
+
+    @on("set_and_fail")
+    async def set_and_fail(self, signal: Signal) -> None:
+        self.ctx.schedule("note", {"key": "never"}, after=0)
+        raise RuntimeError("so it must not ring")
+
+    @on("hand_on")
+    async def hand_on(self, signal: Signal[Entry]) -> None:
+        await asyncio.sleep(0.3)
+        self.emit("note", signal.data, to=self.config["to"], deadline=signal.deadline)
+
+    @on("sleep")
+    async def sleep(self, signal: Signal[float]) -> float:
+        await asyncio.sleep(signal.data)
+        return signal.data
+
+
+class SlowMirror(Mirror):
+    """Takes its time for each."""
+
+    @on("ledger.append")
+    async def append(self, signal: Signal[Entry]) -> None:
+        await asyncio.sleep(self.config["seconds"])
+        await super().append(signal)
+
+
 class Difficult(Agent):
     """Does what agents should not do."""
 

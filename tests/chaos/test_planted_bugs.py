@@ -57,6 +57,9 @@ BUGS = {
     "answer_after_deadline": Planted(
         "register", ("link.cut",), "register/linearizability", seconds=20, rate=4
     ),
+    "reserve_without_cas": Planted(
+        "reservations", ("leader.freeze",), "reservations/reservations: ", rate=2
+    ),
 }
 
 

@@ -16,6 +16,12 @@ SEEDS = {
     "whoever is connected to a broker that is cut off is parted from the others": (
         "--seed", "1004", "--brokers", "3", "--rate", "0.5",
     ),
+    "a worker that agents had ended came back ever later, so that convergence took too long": (
+        "--seed", "3013",
+    ),
+    "what a node left behind, and what it no longer ran, counted against its capacity": (
+        "--seed", "3018",
+    ),
     "agents that emit compared all with all": (
         "--seed", "5", "--seconds", "15", "--rate", "20", "--workload", "counters",
     ),

@@ -299,15 +299,22 @@ def test_plan_deploy_scale_and_delete_tell_the_truth(up: Running) -> None:
     assert plan["differences"] is True
     assert set(plan["placements"]) == {"extra-0", "extra-1"}
     assert place.json("agents", "--deployment", "extra") == []
-    (status,) = place.json("deploy", "extra.yaml")
+    found = place.json("deploy", "extra.yaml")
+    (status,) = found["deployments"]
     assert (status["running"], status["settled"]) == (2, True)
+    phases = [(phase["name"], phase["state"]) for phase in found["phases"]]
+    assert phases == [(name, "passed") for name in ("cluster", "services", "agents", "health")]
+    assert all(phase["ms"] >= 0 for phase in found["phases"])
     assert place.run("plan", "extra.yaml", "--exit-code")[0] == 0
     (status,) = place.json("scale", "extra", "4")
     assert (status["running"], status["settled"]) == (4, True)
     assert len(place.json("agents", "--deployment", "extra", "--status", "running")) == 4
     (status,) = place.json("scale", "extra", "1")
     assert [a["id"] for a in place.json("agents", "--deployment", "extra")] == ["extra-0"]
-    assert place.json("delete", "extra") == {"name": "extra", "deleted": True}
+    assert place.run("delete", "extra", "--purge", "--wait", "0s")[0] == 2
+    gone = place.json("delete", "extra", "--purge")
+    assert (gone["name"], gone["deleted"]) == ("extra", True)
+    assert gone["purged"] == [f"extra-{number}" for number in range(4)]
     assert place.json("agents", "--deployment", "extra") == []
     for arguments in (["scale", "extrem", "1"], ["delete", "counter"]):
         assert place.run(*arguments)[0] == 4

@@ -19,11 +19,12 @@ from foundation_nats.consensus import replica as replica_module
 from foundation_nats.consensus.domain import ProposalStatus
 from foundation_nats.errors import BusUnavailableError
 from foundation_nats.testing import TestServer, eventually
+from foundation_nats.testing.brokers import Brokers
 from foundation_nats.testing.links import Link
 from tests.cluster import proposer
 from tests.cluster.children import Child, Children
 from tests.cluster.domains import Append, Registers, Store, Write
-from tests.cluster.test_replicated import stream_leader, three_brokers
+from tests.cluster.test_replicated import stream_leader
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -127,8 +128,8 @@ async def test_proposers_are_killed_while_they_propose(
 @pytest.mark.slow
 async def test_three_copies_lose_their_leader(tmp_path: Path) -> None:
     """SIGKILL of the broker that leads the log, which comes back later: linearizable, exactly once."""
-    async with three_brokers() as brokers, AsyncExitStack() as stack:
-        urls = [broker.url for broker in brokers.values()]
+    async with Brokers() as brokers, AsyncExitStack() as stack:
+        urls = brokers.urls
         config = Config.load(cluster="c", replicas=3)
         clients = [
             await stack.enter_async_context(
@@ -153,7 +154,7 @@ async def test_three_copies_lose_their_leader(tmp_path: Path) -> None:
         tasks = [asyncio.create_task(propose(one)) for one in proposers]
         await asyncio.sleep(1)
         stream = clients[0].subjects.domain_stream("store")
-        victim = brokers[await stream_leader(clients[0], stream)]
+        victim = brokers.named(await stream_leader(clients[0], stream))
         victim.kill()
         replica = await clients[0].consensus.open(Store)
         before = replica.revision

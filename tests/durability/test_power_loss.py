@@ -25,7 +25,7 @@ _SLACK_S = 1.0
 
 def within_the_promise(mode: Mode, loss: Loss) -> None:
     """Raise AssertionError if more is gone than the mode allows."""
-    assert loss.acknowledged > 100, f"void: {loss}"
+    assert loss.acknowledged > 20, f"void: {loss}"
     assert loss.holes == 0, loss
     if loss.fault in (Fault.KILL, Fault.ONE):
         assert loss.outcome is Outcome.USABLE, loss

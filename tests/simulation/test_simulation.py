@@ -104,7 +104,7 @@ _PLANTED = [
     (Invariant.ONE_ANSWERS, 50, {Bug.LONG_FENCE}),
     (Invariant.ONE_LEADER_PER_TERM, 0, {Bug.TRUSTS_REFUSED_LEASE}),
     (Invariant.ONE_NODE_PER_EPOCH, 0, {Bug.KEEPS_EPOCH}),
-    (Invariant.ONE_NODE_PER_EPOCH, 340, {Bug.BLIND_WRITES}),
+    (Invariant.ONE_NODE_PER_EPOCH, 740, {Bug.BLIND_WRITES}),
     (Invariant.EPOCHS_GROW, 250, {Bug.SKIPS_EPOCH_CHECK}),
     (Invariant.CONVERGES, 30, {Bug.RETURNS_AS_BEFORE}),
     (Invariant.ONE_ANSWERS, 340, {Bug.STOP_MISSES_CLAIM}),

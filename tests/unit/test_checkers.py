@@ -22,9 +22,11 @@ from foundation_nats.chaos.checkers import (
     check_false_downs,
     check_fencing,
     check_leadership,
+    check_ledgers,
     check_linearizable,
     check_order,
     check_records,
+    check_reservations,
     check_tallies,
 )
 from foundation_nats.chaos.checkers.drift import Allowance, Series
@@ -33,6 +35,7 @@ from foundation_nats.chaos.checkers.leadership import Disturbance, DownSeen, Lea
 from foundation_nats.chaos.checkers.linearizable import REGISTER, search
 from foundation_nats.chaos.checkers.money import Account, Cut
 from foundation_nats.chaos.checkers.records import AssignmentSeen, RecordSeen
+from foundation_nats.chaos.checkers.reservations import Claim, LedgerSeen
 from foundation_nats.chaos.checkers.tallies import Tally
 from foundation_nats.chaos.history import History, Operation
 from foundation_nats.errors import AgentUnavailableError, BusTimeoutError
@@ -134,6 +137,28 @@ def test_capacity_is_counted_at_every_revision() -> None:
     assert check_capacity([*two, *moved], capacity).is_clean
     judgement = check_capacity([*two, assignment(3, 1, "n1", "c"), *moved], capacity)
     assert judgement.violations == ["n1 holds 3 gpu of 2 at revision 3, with c"]
+
+
+def test_capacity_given_away_twice_is_found() -> None:
+    """In the books; by what clients believe; by what left the books, or was refused, too early."""
+    one, two = (("gpu", 1.0),), (("gpu", 2.0),)
+    sound = [
+        LedgerSeen("n1", 1, two, one, (("r", one),), 5),
+        LedgerSeen("n1", 2, two, two, (), 20),
+        LedgerSeen("n1", 3),
+    ]
+    assert check_ledgers(sound).is_clean
+    over = check_ledgers([*sound, LedgerSeen("n1", 4, two, two, (("x", one),))])
+    assert over.violations == ["the books of n1 name 3 gpu of 2 at revision 4"]
+    capacity = {"n1": {"gpu": 2.0}}
+    claims = [Claim("r", "n1", "a", one, 0, 20), Claim("s", "n1", "b", one, 5, 10)]
+    claims += [Claim("t", "n1", "c", one, 10, 15), Claim("u", "n2", "c", two, 0, 99, lost_ns=99)]
+    assert check_reservations(claims, sound, capacity).is_clean
+    found = check_reservations([*claims, Claim("x", "n1", "d", one, 9, 10)], sound, capacity)
+    assert found.violations == ["over: clients hold 3 gpu of 2 on n1 with x of d"]
+    early = [Claim("r", "n1", "a", one, 0, 21, lost_ns=20)]
+    found = check_reservations(early, sound, capacity)
+    assert sorted(found.sorts) == ["lost", "vanished"]
 
 
 def test_two_leaders_of_a_term_are_found() -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from foundation_nats.control.manifest import export, load, parse
 from foundation_nats.errors import ManifestError
 from foundation_nats.placement.strategies import STRATEGIES
-from foundation_schemas import AgentSpec, Deployment, OnNodeLoss, PlacementPolicy
+from foundation_schemas import (
+    AgentSpec,
+    Deployment,
+    OnNodeLoss,
+    PlacementPolicy,
+    Spread,
+    WhenUnsatisfiable,
+)
 
 GOOD = """\
 version: 1
@@ -113,6 +120,68 @@ def test_what_is_wrong_is_told_with_its_line_and_a_remedy(
         assert part in shown
 
 
+RULES = """\
+version: 1
+agents:
+  - name: a
+    run: m:C
+    placement:
+      expressions:
+        - zone in (a, b)
+        - cores > 8
+      spread: {label: zone, max_skew: 2, when_unsatisfiable: anyway}
+      anti_affinity: zone
+      max_per_node: 3
+"""
+
+
+def test_every_rule_of_placement_is_read_and_written() -> None:
+    """Objects and plain values."""
+    (found,) = parse(RULES)
+    assert found.spec.placement == PlacementPolicy(
+        expressions=["zone in (a, b)", "cores > 8"],
+        spread=Spread(label="zone", max_skew=2, when_unsatisfiable=WhenUnsatisfiable.ANYWAY),
+        anti_affinity="zone",
+        max_per_node=3,
+    )
+    assert parse(export([found])) == [found]
+    (plain,) = parse(RULES.replace("anti_affinity: zone", "anti_affinity: true"))
+    assert plain.spec.placement.anti_affinity is True
+    assert parse(export([plain])) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "parts"),
+    [
+        ("cores > 8", "cores >> 8", 8, ["'cores >> 8'", "a value is expected after '>'"]),
+        ("cores > 8", "cores inn (8)", 8, ["did you mean 'in'?"]),
+        ("cores > 8", "8", 8, ["the number 8", "quotes"]),
+        ("expressions:", "expression:", 6, ["'expression'", "Did you mean 'expressions'?"]),
+        ("max_skew", "maxskew", 9, ["'maxskew'", "spread of agent 'a'", "'max_skew'"]),
+        ("max_skew: 2", "max_skew: 0", 9, ["'max_skew' is 0, not 1 or more"]),
+        ("max_skew: 2", "max_skew: yes", 9, ["a whole number"]),
+        ("anyway", "always", 9, ["'always'", "pending, anyway"]),
+        ("label: zone, ", "", 9, ["no 'label'"]),
+        ("{label: zone, max_skew: 2, when_unsatisfiable: anyway}", "[zone]", 9, ["a list"]),
+        ("anti_affinity: zone", "anti_affinity: 1", 10, ["true, false or a label's name"]),
+        ("anti_affinity: zone", "anti_affinity: ''", 10, ["empty"]),
+        ("max_per_node: 3", "max_per_node: -1", 11, ["not 1 or more"]),
+        ("max_per_node: 3", "max_per_node: lots", 11, ["a whole number"]),
+        ("max_per_node: 3", "strategy: pak", 11, ["'pak'", "Did you mean 'pack'?"]),
+    ],
+)
+def test_a_wrong_rule_of_placement_is_told_with_its_line(
+    old: str, new: str, line: int, parts: list[str]
+) -> None:
+    """Key, line and the nearest valid one."""
+    assert old in RULES
+    with pytest.raises(ManifestError) as caught:
+        parse(RULES.replace(old, new, 1))
+    assert caught.value.details["line"] == line, str(caught.value)
+    for part in parts:
+        assert part in str(caught.value) + str(caught.value.hint)
+
+
 def test_a_replica_count_that_does_not_reach_the_name_is_no_collision() -> None:
     """`a-3` is free beside three replicas of `a`."""
     assert len(parse(replaced("name: b", "name: a-3"))) == 2
@@ -161,7 +230,19 @@ def deployments(draw: st.DrawFn) -> Deployment:
                 strategy=draw(st.sampled_from(STRATEGIES)),
                 require=draw(st.lists(names, max_size=2)),
                 prefer=draw(st.lists(names, max_size=2)),
-                spread=draw(st.none() | names),
+                spread=draw(
+                    st.none()
+                    | names
+                    | st.builds(
+                        Spread,
+                        label=names,
+                        max_skew=st.integers(1, 5),
+                        when_unsatisfiable=st.sampled_from(list(WhenUnsatisfiable)),
+                    )
+                ),
+                expressions=draw(st.sampled_from([[], ["gpu", "!spot", "cores > 8"]])),
+                anti_affinity=draw(st.booleans() | names),
+                max_per_node=draw(st.none() | st.integers(1, 9)),
                 labels=draw(st.dictionaries(names, texts, max_size=2)),
             ),
             on_node_loss=draw(st.none() | st.sampled_from(list(OnNodeLoss))),

@@ -284,9 +284,9 @@ def test_no_demand_is_ever_broken(
 def test_ten_thousand_placements_take_well_under_half_a_second() -> None:
     """The cost per decision does not grow with the number of agents."""
     nodes = cluster(*(node(f"n{i}", capacity={"slots": 2000}) for i in range(10)))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(set(placed(spec(), nodes, 10_000))) == 10
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_a_view_is_asked_by_name_capability_and_status() -> None:

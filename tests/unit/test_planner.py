@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from foundation_nats.control.commands import (
     MarkStopped,
     MarkUnavailable,
     Plan,
+    Quarantine,
     Stop,
 )
 from foundation_nats.control.diff import ChangeKind, diff, preview
@@ -119,6 +119,17 @@ def test_a_new_agent_is_assigned_above_every_epoch_its_id_may_have_had() -> None
     assert command.record.incarnation == INCARNATION
     assert command.record.digest == wish().spec.digest()
     assert command.record.recovered_from is None
+
+
+def test_a_record_of_a_plan_is_as_good_as_a_validated_one() -> None:
+    """It is made by hand for speed, and equals, dumps, copies and reads back like any other."""
+    command = only(planned([wish(critical=True, config={"x": 1})], [], epoch_floor=4))
+    assert isinstance(command, Assign)
+    made = command.record
+    read = AgentRecord.model_validate_json(made.model_dump_json())
+    assert made == read
+    assert made.model_copy(update={"epoch": 9}) == read.model_copy(update={"epoch": 9})
+    assert made.model_fields_set == set(AgentRecord.model_fields)
 
 
 def test_a_standalone_agent_belongs_to_no_deployment() -> None:
@@ -223,7 +234,22 @@ CASES = {
         {}, {"status": S.FAILED, "failures": 2}, cluster(), Assign, Cause.RETRY, None, 4
     ),
     "failed often, capped": Case(
-        {}, {"status": S.FAILED, "failures": 40}, cluster(), Assign, Cause.RETRY, None, 60
+        {}, {"status": S.FAILED, "failures": 9}, cluster(), Assign, Cause.RETRY, None, 60
+    ),
+    "failed too often": Case({}, {"status": S.FAILED, "failures": 10}, cluster(), Quarantine),
+    "in quarantine": Case(
+        {},
+        {"status": S.FAILED, "failures": 10, "reason": "quarantined after 10 failed starts: x"},
+        cluster(),
+        None,
+        waited=9e9,
+    ),
+    "in quarantine, other spec": Case(
+        {},
+        {"status": S.FAILED, "failures": 10, "digest": "old"},
+        cluster(),
+        Assign,
+        Cause.RETRY,
     ),
     "failed, temporary": Case(
         {"restart": "temporary"}, {"status": S.FAILED}, cluster(), None, waited=9e9
@@ -577,11 +603,10 @@ def test_every_state_converges_in_bounded_rounds(world: World) -> None:
                 raise AssertionError(f"{agent} is left {other}")
 
 
-def test_planning_ten_thousand_agents_is_fast() -> None:
-    """Nothing to do, everything to do, and a tenth to move."""
+def test_ten_thousand_agents_are_planned_in_one_pass() -> None:
+    """Everything to do, nothing to do, and a tenth to move. (How long: `benchmarks fleet`.)"""
     wished = wish(replicas=10_000, critical=True)
     nodes = cluster(*(node(f"n{i}") for i in range(10)))
-    began = time.perf_counter()
     found = planned([wished], [], nodes)
     assert len(found.commands) == 10_000
     held = {
@@ -589,18 +614,15 @@ def test_planning_ten_thousand_agents_is_fast() -> None:
         for c in found.commands
         if c.record is not None
     }
-    assert time.perf_counter() - began < 1.0
     history = History()
     for nodes_now, commands in (
         (nodes, 0),
         (nodes | {"n3": node("n3", NodeStatus.DOWN)}, 1_000),
     ):
-        began = time.perf_counter()
         again = plan(
             {"a": wished}, held, nodes_now, 0.0, CONFIG, "n0", random.Random(0), history=history
         )
         assert len(again.commands) == commands
-        assert time.perf_counter() - began < 0.3
 
 
 # ---- diff, preview, status ----------------------------------------------------------
@@ -640,6 +662,21 @@ def test_a_preview_says_where_new_agents_would_go_and_which_could_not() -> None:
     ((agent, reasons),) = found.unplaceable.items()
     assert agent == "a-2"
     assert set(reasons) == {"n0", "n1"}
+
+
+def test_a_preview_names_the_node_of_agents_that_would_restart_or_leave() -> None:
+    """Of those that run; others of the cluster are not concerned."""
+    nodes = cluster(node("n0"), node("n1"))
+    before, other = wish("a", 3), wish("b", 1)
+    items = [record(before, f"a-{i}", node=f"n{i % 2}") for i in range(3)]
+    items.append(record(other, "b-0", node="n1"))
+    held = {item.id: Held(item, 1) for item in items}
+    current = {"a": before, "b": other}
+    found = preview(current, [wish("a", 2, config={"x": 1})], held, nodes, CONFIG)
+    assert (found.restarting, found.leaving) == ({"a-0": "n0", "a-1": "n1"}, {"a-2": "n0"})
+    assert not found.placements
+    fewer = preview(current, [wish("a", 1)], held, nodes, CONFIG)
+    assert (fewer.restarting, fewer.leaving) == ({}, {"a-1": "n1", "a-2": "n0"})
 
 
 def test_a_deployment_is_settled_only_when_all_of_it_is_true() -> None:

@@ -63,6 +63,8 @@ def _event(command: Command) -> Event:
             return Exited(command.argument(), command.option("reason", "crashed"))
         case "ended":
             return Exited(command.argument(), "done", is_normal=True)
+        case "blamed":
+            return Exited(command.argument(), "its agent's fault", is_blamed=True)
         case "removed":
             return Removed(command.argument())
         case "tick":

@@ -14,6 +14,7 @@ from foundation_nats.chaos.checkers.leadership import check_false_downs, check_l
 from foundation_nats.chaos.checkers.linearizable import check_linearizable
 from foundation_nats.chaos.checkers.money import check_conserved, check_cut
 from foundation_nats.chaos.checkers.records import check_assignments, check_records
+from foundation_nats.chaos.checkers.reservations import check_ledgers, check_reservations
 from foundation_nats.chaos.checkers.tallies import Tally, check_tallies
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "check_false_downs",
     "check_fencing",
     "check_leadership",
+    "check_ledgers",
     "check_linearizable",
     "check_order",
     "check_records",
+    "check_reservations",
     "check_tallies",
 ]

@@ -1,4 +1,8 @@
-"""No node's declared capacity is exceeded, at any revision of the registry (invariant 9)."""
+"""No node's declared capacity is exceeded by what it runs, at any revision of the registry (invariant 9).
+
+An agent that is only ``starting`` is assigned, not yet admitted: of two leaders each may assign
+what there is room for once, and the node refuses what is too much (`node.host`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from foundation_nats.chaos.checkers.judgement import Judgement
 from foundation_nats.chaos.checkers.records import AssignmentSeen
 
-_HOLDING = frozenset({"starting", "running", "moving"})
+_HOLDING = frozenset({"running", "moving"})
 _ROUNDING = 1e-9
 
 

@@ -7,10 +7,22 @@ from foundation_nats.chaos.workloads.churn import Churn
 from foundation_nats.chaos.workloads.counters import Counters
 from foundation_nats.chaos.workloads.locks import Locks
 from foundation_nats.chaos.workloads.registers import Keys, Registers
+from foundation_nats.chaos.workloads.reservations import Reservations
 
 WORKLOADS: dict[str, type[Workload]] = {
     kind.name: kind
-    for kind in (Appends, Counters, Bank, Pipeline, Fanout, Registers, Keys, Locks, Churn)
+    for kind in (
+        Appends,
+        Counters,
+        Bank,
+        Pipeline,
+        Fanout,
+        Registers,
+        Keys,
+        Locks,
+        Churn,
+        Reservations,
+    )
 }
 """By name."""
 

@@ -1,0 +1,474 @@
+"""Commands that take part in the coordination patterns, for shells: JSON values in, one JSON line out.
+
+``foundation run barrier|vote|cast|auction|saga|put|work|dead``. What they start survives them: the same
+command again, with the same id, goes on where an interrupted one was, or repeats its result.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from foundation_cli import render, values
+from foundation_cli.connection import (
+    Output,
+    Shared,
+    connected,
+    group_callback,
+    run,
+    with_shared,
+)
+
+_HELP = """Barriers, votes, auctions, sagas and queues, from a shell.
+
+The same command with the same id goes on with an interrupted one, or repeats its result.
+"""
+
+
+def _wait(text: str, what: str) -> Any:
+    return Annotated[
+        float,
+        typer.Option(
+            "--wait", metavar="DURATION", parser=values.duration, help=what, show_default=text
+        ),
+    ]
+
+
+def _say(shared: Shared, value: dict[str, Any], text: str) -> None:
+    """One line: for people, or JSON."""
+    if shared.format is Output.JSON:
+        render.print_line(value)
+    elif not render.document(shared, value):
+        render.write(text)
+
+
+def _notes(shared: Shared, reasons: dict[str, str]) -> None:
+    """Who did not take part, for people."""
+    if shared.format is Output.TABLE:
+        for who, why in reasons.items():
+            render.talk(f"{render.styled('!', 'yellow', sys.stderr)} {who}: {render.clean(why)}")
+
+
+@with_shared
+def barrier(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The barrier's name.")],
+    parties: Annotated[
+        str,
+        typer.Option(metavar="N|NAMES", help="How many wait at it, or who: 3 or a,b,c."),
+    ],
+    party: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="NAME", help="Who we are; needed where the parties are names."
+        ),
+    ] = None,
+    generation: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Which one is meant; one that is over is reported."),
+    ] = None,
+    wait: _wait("1m", "After so long the generation breaks, for all.") = "1m",  # type: ignore
+) -> None:
+    """Wait until all parties have come; prints the generation that ended.
+
+    Example: foundation run barrier deploy --parties api,web --as api --wait 5m
+    """
+    who: int | list[str]
+    who = int(parties) if parties.isdigit() else [p.strip() for p in parties.split(",")]
+
+    async def main() -> int:
+        from foundation_nats.coordination import barrier as make
+
+        async with connected(shared) as cluster:
+            return await make(cluster, name, who, party=party, timeout=wait).wait(
+                generation=generation
+            )
+
+    ended = run(main)
+    found = {"barrier": name, "generation": ended}
+    _say(shared, found, f"generation {ended} of {name} has ended")
+
+
+def _weights(items: list[str]) -> dict[str, float]:
+    pairs = [item if "=" in item else f"{item}=1" for item in items]
+    return values.numbers(pairs, "--voter")
+
+
+def _quorum(text: str) -> Any:
+    if text in ("majority", "all"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not majority, all or a number.") from None
+
+
+@with_shared
+def vote(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The vote's id.")],
+    choice: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="One of the choices; repeat it.")
+    ] = None,
+    voter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=WEIGHT]", help="An agent, or with --cast anybody; repeat it."),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="JSON", help="What is asked; - reads stdin.")
+    ] = None,
+    quorum: Annotated[
+        str,
+        typer.Option(
+            metavar="majority|all|N", parser=_quorum, help="What a choice needs of all weight."
+        ),
+    ] = "majority",
+    cast_only: Annotated[
+        bool, typer.Option("--cast", help="Ask no agents: voters use `foundation run cast`.")
+    ] = False,
+    wait: _wait("10s", "How long the vote is open.") = "10s",  # type: ignore
+) -> None:
+    """Put a question to agents, or to whoever casts, and print the result.
+
+    With the name alone it waits for the result of a vote that exists.
+
+    Example: foundation run vote ship-2 --choice yes --choice no --voter qa --voter ops=2
+    """
+    payload = values.json_value(question, sys.stdin)
+    weights = _weights(voter or [])
+    if bool(choice) != bool(weights):
+        raise typer.BadParameter("A new vote needs both --choice and --voter.")
+
+    async def main() -> Any:
+        from foundation_nats.coordination import vote as put
+        from foundation_nats.coordination import vote_result
+
+        async with connected(shared) as cluster:
+            if not choice:
+                return await vote_result(cluster, name, timeout=wait)
+            return await put(
+                cluster,
+                name,
+                payload,
+                choice,
+                weights,
+                quorum=quorum,  # type: ignore[arg-type]
+                ask=not cast_only,
+                timeout=wait,
+            )
+
+    result = render.plain(run(main))
+    counts = ", ".join(f"{render.clean(c)} {n:g}" for c, n in result["counts"].items())
+    chosen = "no decision" if result["choice"] is None else render.clean(result["choice"])
+    _say(shared, {"vote": name, **result}, f"{chosen}: {result['reason']} ({counts})")
+    _notes(shared, result["unavailable"])
+
+
+@with_shared
+def cast(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The vote's id.")],
+    voter: Annotated[str, typer.Argument(metavar="VOTER", help="Who votes.")],
+    choice: Annotated[
+        str | None, typer.Argument(metavar="[CHOICE]", help="What for; without it: abstain.")
+    ] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why.")] = "",
+) -> None:
+    """Give a ballot; a repeat counts once.
+
+    Example: foundation run cast ship-2 ann yes
+    """
+
+    async def main() -> Any:
+        from foundation_nats.coordination import cast as put
+
+        async with connected(shared) as cluster:
+            return await put(cluster, name, voter, choice, reason=reason, timeout=shared.timeout_s)
+
+    result = run(main).result
+    found = {"vote": name, "voter": voter, "choice": choice, "result": render.plain(result)}
+    end = "" if result is None else f"; that decides it: {result.choice or 'no decision'}"
+    what = "abstains" if choice is None else f"votes {render.clean(choice)}"
+    _say(shared, found, f"{render.clean(voter)} {what}{end}")
+
+
+@with_shared
+def auction(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The auction's id.")],
+    bidder: Annotated[
+        list[str], typer.Option(metavar="AGENT", help="An agent that may bid; repeat it.")
+    ],
+    task: Annotated[
+        str | None, typer.Option(metavar="JSON", help="What is to be done; - reads stdin.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(metavar="FIELD", help="The number in each bid of which the lowest wins.")
+    ] = "cost",
+    wait: _wait("5s", "How long bids are taken.") = "5s",  # type: ignore
+    accept: Annotated[
+        float,
+        typer.Option(
+            "--accept",
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long each that is offered the award has to accept.",
+            show_default="5s",
+        ),
+    ] = "5s",  # type: ignore[assignment]
+) -> None:
+    """Let agents bid for a task, and award it to the best that accepts; ends with 1 if nobody does.
+
+    Example: foundation run auction job-17 --task '{"file": "a.csv"}' --bidder w1 --bidder w2
+    """
+    payload = values.json_value(task, sys.stdin)
+
+    async def main() -> Any:
+        from foundation_nats.coordination import auction as hold
+
+        async with connected(shared) as cluster:
+            return await hold(
+                cluster, name, payload, bidder, key=key, timeout=wait, accept_timeout=accept
+            )
+
+    result = render.plain(run(main))
+    winner = result["winner"]
+    text = f"{winner} gets it for {render.json_text(result['bid'])}" if winner else "no award"
+    _say(shared, {"auction": name, **result}, text)
+    _notes(shared, result["refused"])
+    if winner is None:
+        raise typer.Exit(render.FAILED)
+
+
+def _steps(text: str | None) -> list[Any] | None:
+    """A list of steps, or one per line."""
+    if text is None:
+        return None
+    if text == "-":
+        text = sys.stdin.read()
+    is_list = text.lstrip().startswith("[")
+    parts = [text] if is_list else [line for line in text.splitlines() if line.strip()]
+    read = [values.json_value(part) for part in parts]
+    found = read[0] if is_list else read
+    if not isinstance(found, list) or not all(isinstance(step, dict) for step in found):
+        raise typer.BadParameter(
+            "Steps are objects, one per line or in a list: "
+            '{"name": "a", "agent": "ID", "type": "book", "undo": "unbook"}.'
+        )
+    return found
+
+
+@with_shared
+def saga(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The saga's id.")],
+    steps: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[STEPS]",
+            help="JSON: objects with name, agent, type, and perhaps data, undo, timeout_s; one per "
+            "line or a list; - reads stdin. Without: go on with one that exists.",
+        ),
+    ] = None,
+    wait: _wait("5m", "How long to wait; the saga goes on at the next call.") = "5m",  # type: ignore
+) -> None:
+    """Run steps at agents one after the other; where one fails, undo those before it, in reverse.
+
+    Ends with 0 if all is done, 1 if it was undone or is stuck, 5 if it is not over in time.
+
+    Example: foundation run saga trip-17 - < steps.jsonl
+    """
+    wanted = _steps(steps)
+
+    async def main() -> Any:
+        from foundation_nats.coordination import saga as go
+
+        async with connected(shared) as cluster:
+            return await go(cluster, name, wanted, timeout=wait)
+
+    record = run(main)
+    parts = zip(record.steps, record.progress, strict=True)
+    found = {
+        "saga": name,
+        "state": str(record.state),
+        "error": record.error,
+        "steps": [
+            {"name": s.name, "agent": s.agent, "state": str(p.state), "result": p.result}
+            for s, p in parts
+        ],
+    }
+    why = f": {render.clean(record.error)}" if record.error else ""
+    _say(shared, found, f"{name} is {record.state}{why}")
+    if shared.format is Output.TABLE:
+        for step in found["steps"]:
+            render.write(f"  {step['name']} at {step['agent']}: {step['state']}")
+    if record.state != "done":
+        raise typer.Exit(render.FAILED)
+
+
+_Queue = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
+
+
+@with_shared
+def put(
+    shared: Shared,
+    queue: _Queue,
+    items: Annotated[
+        str, typer.Argument(metavar="[ITEM]", help="JSON; -: each line of stdin is one.")
+    ] = "-",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|.FIELD", help="Of one key the order is kept; .FIELD of each item."
+        ),
+    ] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", metavar="TEXT|.FIELD", help="Repeats of an id count once.")
+    ] = None,
+) -> None:
+    """Put items into a queue; prints the id of each.
+
+    Example: foundation run put jobs - --key .customer < jobs.jsonl
+    """
+    lines = sys.stdin if items == "-" else [items]
+
+    async def main() -> None:
+        from foundation_nats.coordination import workqueue
+
+        async with connected(shared) as cluster:
+            jobs = workqueue(cluster, queue)
+            for line in lines:
+                if line.strip():
+                    item = values.json_value(line)
+                    which, name = _field(item, key, "--key"), _field(item, id, "--id")
+                    stored = await jobs.put(item, key=which, id=name, timeout=shared.timeout_s)
+                    _say(shared, {"queue": queue, "id": stored, "key": which}, stored)
+
+    run(main)
+
+
+def _field(item: Any, text: str | None, option: str) -> str | None:
+    if text is None or not text.startswith("."):
+        return text
+    name = text[1:]
+    if not isinstance(item, dict) or name not in item:
+        raise typer.BadParameter(
+            f"The item {render.json_text(item)[:60]} has no {name!r}.", param_hint=option
+        )
+    return str(item[name])
+
+
+@with_shared
+def work(
+    shared: Shared,
+    queue: _Queue,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- COMMAND…]", help="Run for each item, which it reads from stdin."
+        ),
+    ] = None,
+    feed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGENT", help="Let an agent do them instead; {key} stands for the key."
+        ),
+    ] = None,
+    type: Annotated[
+        str, typer.Option(metavar="TYPE", help="With --feed: the type of the signals.")
+    ] = "queue.item",
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="So many at a time.")] = 1,
+    drain: Annotated[bool, typer.Option("--drain", help="End when the queue is empty.")] = False,
+) -> None:
+    """Do the items of a queue: a command that ends with 0 has done its item; else it is tried again.
+
+    Without a command items are printed, one JSON line each, and count as done.
+
+    Example: foundation run work jobs --drain -- ./convert.sh
+    """
+    if command and feed:
+        raise typer.BadParameter("Give a command or --feed, not both.")
+
+    async def one(item: Any) -> None:
+        import asyncio
+
+        found = {"id": item.id, "key": item.key, "data": item.data, "attempt": item.attempt}
+        if not command:
+            render.print_line(found)
+            return
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        try:
+            await process.communicate(render.json_text(found).encode() + b"\n")
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+
+    async def main() -> int:
+        from foundation_nats.coordination import workqueue
+
+        async with connected(shared) as cluster:
+            jobs = workqueue(cluster, queue)
+            if feed is None:
+                return await jobs.work(one, concurrency=concurrency, drain=drain)
+            return await jobs.feed(
+                lambda item: feed.format(key=item.key), type, concurrency=concurrency, drain=drain
+            )
+
+    done = run(main)
+    render.talk(f"{done} items done")
+
+
+@with_shared
+def dead(
+    shared: Shared,
+    queue: _Queue,
+    replay: Annotated[
+        int | None, typer.Option(metavar="N", help="Put this one into the queue again.")
+    ] = None,
+) -> None:
+    """List a queue's dead letters, or put one into the queue again.
+
+    Example: foundation run dead jobs --replay 17
+    """
+
+    async def main() -> Any:
+        from foundation_nats.coordination import workqueue
+
+        async with connected(shared) as cluster:
+            jobs = workqueue(cluster, queue)
+            return await jobs.dead() if replay is None else await jobs.replay(replay)
+
+    found = run(main)
+    if replay is not None:
+        _say(shared, {"queue": queue, "id": found}, f"put again as {found}")
+    elif not render.document(shared, render.plain(found)):
+        render.table(_DEAD, render.plain(found), empty="No dead letters.")
+
+
+_DEAD = (
+    render.Column("n", lambda d: d["sequence"], right=True),
+    render.Column("id", lambda d: d["item"]["id"]),
+    render.Column("key", lambda d: d["item"]["key"]),
+    render.Column("attempts", lambda d: d["attempts"], right=True),
+    render.Column("age", lambda d: render.age(d["at"])),
+    render.Column("reason", lambda d: d["reason"], free=True),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to *app*."""
+    group = typer.Typer(
+        name="run",
+        help=_HELP,
+        callback=group_callback(_HELP),
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    for command in (barrier, vote, cast, auction, saga, put, work, dead):
+        group.command()(command)
+    app.add_typer(group)

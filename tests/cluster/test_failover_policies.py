@@ -1,0 +1,118 @@
+"""What keeps failover from doing harm: quarantine, distrust of nodes that flap, the storm brake."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from foundation_nats.errors import ConflictError
+from foundation_nats.testing import TestCluster, eventually
+from tests.conftest import AGENTS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
+
+
+async def test_an_agent_that_never_starts_is_quarantined_and_can_be_released() -> None:
+    """It is not tried again by itself, says why, and the others go on."""
+    settings = {"control": {"quarantine_after": 3, "failed_backoff_s": 0.05}}
+    async with TestCluster(nodes=1, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        await cluster.agents.start("fleet:Counter", id="well")
+        await cluster.agents.start("fleet:Picky", id="ill", config={"broken": True}, wait=False)
+
+        async def quarantined() -> bool:
+            info = await cluster.agents.get("ill")
+            return (info.reason or "").startswith("quarantined after 3 failed starts")
+
+        await eventually(quarantined, timeout=15, message="it is quarantined")
+        assert "this version is broken" in ((await cluster.agents.get("ill")).reason or "")
+        epoch = (await cluster.agents.get("ill")).epoch
+        assert await cluster.ask("well", "counter.get") == 0
+        assert (await cluster.agents.get("ill")).epoch == epoch, "it was tried again"
+        with pytest.raises(ConflictError, match=r"has not failed"):
+            await cluster.agents.release("well")
+        await cluster.agents.release("ill")
+
+        async def tried() -> bool:
+            return (await cluster.agents.get("ill")).epoch > epoch
+
+        await eventually(tried, timeout=10, message="it is tried again")
+        # A spec that works ends it, too.
+        await cluster.agents.start("fleet:Picky", id="ill", config={"version": 2}, timeout=20)
+        assert await cluster.ask("ill", "version") == "2"
+
+
+async def test_a_node_that_flaps_gets_agents_only_if_no_other_can() -> None:
+    """Three short lives in a row; the record says so, and survives the next start."""
+    settings = {
+        "control": {"flapping_after": 2, "stable_after_s": 300},
+        "liveness": {"bus_grace_s": 1, "storm_fraction": 0.9},
+    }
+    async with TestCluster(nodes=3, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        lease = await eventually(cluster.leader, message="somebody leads")
+        flapping = next(name for name in nodes.nodes if name != lease.holder)
+        for life in range(2):
+            # Something must be lost with it, or nobody needs to write down that it is over.
+            bait = f"bait-{life}"
+            for number in range(6):
+                await cluster.agents.start(
+                    "fleet:Counter", id=f"{bait}-{number}", critical=True, timeout=20
+                )
+
+            async def hosts() -> bool:
+                return bool(await cluster.agents.list(node=flapping))
+
+            await eventually(hosts, timeout=10, message="it hosts something")
+            nodes.nodes[flapping].kill_all()
+
+            async def emptied() -> bool:
+                return not await cluster.agents.list(node=flapping)
+
+            await eventually(emptied, timeout=30, message="its agents are elsewhere")
+            nodes.start_node(flapping)
+            await nodes.wait_up([flapping])
+        for number in range(8):
+            await cluster.agents.start("fleet:Counter", id=f"new-{number}", timeout=20)
+        assert await cluster.agents.list(node=flapping) == []
+        for name in list(nodes.nodes):
+            if name != flapping:
+                nodes.nodes[name].terminate()
+
+        async def all_there() -> bool:
+            infos = await cluster.agents.list(status="running")
+            return len(infos) >= 8 and {info.node for info in infos} == {flapping}
+
+        await eventually(all_there, timeout=40, message="nobody else is left: it gets them")
+
+
+async def test_a_storm_waits_until_a_person_says_that_it_is_real() -> None:
+    """Two of five die at once: the second one's agents stay, until the brake is overridden."""
+    settings = {"liveness": {"storm_hold_s": 60}}
+    async with TestCluster(nodes=5, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        lease = await eventually(cluster.leader, message="somebody leads")
+        for number in range(10):
+            await cluster.agents.start("fleet:Counter", id=f"c-{number}", critical=True)
+        victims = [name for name in nodes.nodes if name != lease.holder][:2]
+        lost = {info.id for name in victims for info in await cluster.agents.list(node=name)}
+        assert lost
+        for name in victims:
+            nodes.nodes[name].kill_all()
+
+        async def stormy() -> bool:
+            events = await cluster.events.list(topic="cluster")
+            return any(event.what == "storm" for event in events)
+
+        await eventually(stormy, timeout=20, message="the alarm is raised")
+        # The first verdict may have been given before the second node seemed dead.
+        where = {(await cluster.agents.get(agent)).node for agent in lost}
+        assert where & set(victims)
+        assert lease.holder in await cluster.nodes.force_failover()
+
+        async def moved() -> bool:
+            infos = await asyncio.gather(*(cluster.agents.get(agent) for agent in lost))
+            return all(i.status == "running" and i.node not in victims for i in infos)
+
+        await eventually(moved, timeout=20, message="they run elsewhere")
