@@ -414,6 +414,7 @@ class Resources:
                 f"Node {node}, of which {id} is a part, has left the cluster.",
                 hint="Stop what it was for; reserve again.",
                 id=id,
+                left=node,
             )
 
         def confirmed(book: LedgerRecord, now: float) -> LedgerRecord | None:

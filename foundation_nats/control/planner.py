@@ -285,7 +285,7 @@ class _Planner:
                 if budget <= 0:
                     continue
                 budget -= 1
-            self._stop(item)
+            self._stop(item, returns=True)
 
     def _starting(self, item: Held) -> None:
         record = item.record
@@ -401,7 +401,7 @@ class _Planner:
             key = (record.node, record.deployment or agent, record.digest)
             count = self._taken.setdefault(key, (record.spec, [0]))
             count[1][0] += 1
-            if record.desired == "run" or record.move is not None:
+            if record.is_wanted:
                 self._stop(item)
 
     # ---- saying -------------------------------------------------------------------
@@ -413,8 +413,8 @@ class _Planner:
         if self._wake is None or seconds < self._wake:
             self._wake = seconds
 
-    def _stop(self, item: Held) -> None:
-        update = {"desired": "stop", "move": None, "since": self._at}
+    def _stop(self, item: Held, *, returns: bool = False) -> None:
+        update = {"desired": "stop", "move": None, "returns": returns, "since": self._at}
         record = item.record.model_copy(update=update)
         self._commands.append(Stop(record.id, record, item.revision))
 
@@ -423,7 +423,12 @@ class _Planner:
         assert record.node is not None
         origin = RecoveredFrom(node=record.node, epoch=record.epoch, reason=_LATE)
         after = record.model_copy(
-            update={"desired": "stop", "recovered_from": origin, "since": self._at}
+            update={
+                "desired": "stop",
+                "returns": True,
+                "recovered_from": origin,
+                "since": self._at,
+            }
         )
         self._commands.append(Stop(record.id, after, item.revision))
 

@@ -1,6 +1,7 @@
 """Who receives a signal for many: the registry's records that a route stands for, and one of several.
 
-Pure. Everybody who shall run counts, running or not: mail waits.
+Pure. Everybody who shall run counts, running or not, also while it is stopped to be moved or
+changed: mail waits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def receivers(registry: Registry, kind: str, name: str) -> list[Held]:
         found = selected(registry.all(), name)
     else:
         found = []
-    return [held for held in found if held.record.desired == "run"]
+    return [held for held in found if held.record.is_wanted]
 
 
 def selected(records: Mapping[str, Held], expressions: str) -> list[Held]:
@@ -64,7 +65,7 @@ def subscribers(
     groups: dict[str, list[Held]] = {}
     for held in records:
         record = held.record
-        if record.desired != "run":
+        if not record.is_wanted:
             continue
         joined: set[str] = set()
         for subscription in record.spec.subscribe:

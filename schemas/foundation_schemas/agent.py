@@ -234,8 +234,15 @@ class AgentRecord(WireModel):
     """Failed starts in a row, for back-off."""
     move: MoveOrder | None = None
     """While it is `moving`: `desired` is ``stop`` then, and it is stopped to run elsewhere."""
+    returns: bool = False
+    """Whether it is stopped only to be started anew: mail for many is still its own."""
     since: str | None = None
     """UTC of the last change, for people."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it shall run, now or once it was moved or changed."""
+        return self.desired == "run" or self.move is not None or self.returns
 
 
 class OutboxEntry(WireModel):

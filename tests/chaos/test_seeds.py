@@ -22,6 +22,7 @@ SEEDS = {
     "what a node left behind, and what it no longer ran, counted against its capacity": (
         "--seed", "3018",
     ),
+    "who was on its way to another node got nothing of what was sent to all": ("--seed", "5001"),
     "agents that emit compared all with all": (
         "--seed", "5", "--seconds", "15", "--rate", "20", "--workload", "counters",
     ),

@@ -71,6 +71,53 @@ agents:
         assert letter.letter.signal["subject"] == "label:zone=mars"
 
 
+async def test_who_is_stopped_to_be_moved_or_changed_gets_what_is_sent_to_all() -> None:
+    """A long handler holds up the move, and then the change: meanwhile signals for many arrive."""
+    text = """
+version: 1
+agents: [{name: a, run: "fleet:Recorder", replicas: 2, config: {version: 1}}]
+"""
+    async with TestCluster(nodes=2, workers=1, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        await cluster.deployments.deploy(text)
+        slow = await cluster.agents.get("a-0")
+        sleeping = asyncio.create_task(cluster.ask("a-0", "sleep", 1.5, timeout=10))
+        draining = asyncio.create_task(cluster.nodes.drain(slow.node or "", timeout=20))
+
+        async def stops() -> bool:
+            found = await cluster.agents.get("a-0")
+            return found.status == "moving" and not sleeping.done()
+
+        await eventually(stops, timeout=10, every=0.01, message="it is being stopped")
+        await cluster.send("deployment:a", "note", {"key": "moved"})
+        await draining
+        await sleeping
+        sleeping = asyncio.create_task(cluster.ask("a-0", "sleep", 1.5, timeout=10))
+        await eventually(lambda: _is_busy(cluster), timeout=5, message="it sleeps")
+        changing = asyncio.create_task(
+            cluster.deployments.deploy(text.replace("version: 1}", "version: 2}"), timeout=20)
+        )
+        registry = await cluster._open_registry()
+
+        def changes() -> bool:
+            held = registry.get("a-0")
+            return held is not None and held.record.desired == "stop" and not sleeping.done()
+
+        await eventually(changes, timeout=10, every=0.01, message="it is being stopped again")
+        await cluster.send("deployment:a", "note", {"key": "changed"})
+        await changing
+        await asyncio.wait([sleeping])
+
+        async def arrived() -> bool:
+            return [await applied(cluster, f"a-{n}") for n in (0, 1)] == [["moved", "changed"]] * 2
+
+        await eventually(arrived, timeout=15, message="both have both")
+
+
+async def _is_busy(cluster: Cluster) -> bool:
+    return any(node.load.get("backlog", 0) for node in await cluster.nodes.list())
+
+
 async def test_any_spreads_over_equals() -> None:
     """One node gives to the least loaded: none of three gets more than its share."""
     async with TestCluster(nodes=1, path=[str(AGENTS)]) as nodes:

@@ -10,6 +10,7 @@ from foundation_schemas import (
     AgentRecord,
     AgentSpec,
     AgentStatus,
+    MoveOrder,
     Target,
     TargetKind,
     matches_topic,
@@ -90,6 +91,27 @@ def test_subscribers_are_each_once_and_groups_by_name() -> None:
     assert {name: [h.record.id for h in found] for name, found in groups.items()} == {
         "w": ["w-0", "w-1", "v-0"]
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        ({}, True),
+        ({"status": AgentStatus.UNAVAILABLE}, True),
+        ({"status": AgentStatus.MOVING, "desired": "stop", "move": MoveOrder(why="")}, True),
+        ({"desired": "stop", "returns": True}, True),
+        ({"status": AgentStatus.STOPPED, "desired": "stop", "returns": True}, True),
+        ({"desired": "stop"}, False),
+    ],
+)
+def test_whoever_shall_run_receives_also_while_it_is_stopped_to_be_moved_or_changed(
+    change: dict[str, object], counts: bool
+) -> None:
+    """Only who was told to end for good does not."""
+    item = held("a", subscribe=["t"])
+    item = Held(item.record.model_copy(update=change), 1)
+    each, _ = subscribers([item], "t")
+    assert (item.record.is_wanted, bool(each)) == (counts, counts)
 
 
 def test_the_pick_prefers_who_runs_then_who_has_less_to_do() -> None:

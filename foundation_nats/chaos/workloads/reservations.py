@@ -64,8 +64,7 @@ class Booker:
         operation.ok(mine.id)
         await asyncio.sleep(pause_s(0.02))
         for _ in range(chance.choice((0, 1, 1, 2))):
-            await self._confirm(claim)
-            if claim.lost_ns is not None:
+            if not await self._confirm(claim):
                 return
             await asyncio.sleep(pause_s(0.02))
         if chance.random() < _FORGETS:
@@ -74,18 +73,25 @@ class Booker:
         self._say(claim)
         await resources.release(mine)
 
-    async def _confirm(self, claim: Claim) -> None:
+    async def _confirm(self, claim: Claim) -> bool:
+        """Whether it is still ours."""
         ttl = self._chance.uniform(*_TTL_S)
         # Shorter is believed at once, longer only when it is known.
         claim.end_ns = min(claim.end_ns, now_ns() + int((ttl - _MARGIN_S) * 1e9))
         self._say(claim)
         try:
             after = await self._cluster.resources.confirm(claim.id, ttl=ttl)
-        except ReservationLostError:
-            claim.lost_ns = now_ns()
+        except ReservationLostError as error:
+            if "left" in error.details:  # it is promised for as long as its node stays
+                claim.end_ns = min(claim.end_ns, now_ns())
+            else:
+                claim.lost_ns = now_ns()
+            self._say(claim)
+            return False
         else:
             claim.end_ns = _end_ns(after)
         self._say(claim)
+        return True
 
 
 def _end_ns(reservation: Reservation) -> int:
