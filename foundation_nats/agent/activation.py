@@ -56,12 +56,15 @@ from foundation_nats.bus.streams import PubAck, StoredMessage
 from foundation_nats.bus.wire import Message, Route
 from foundation_nats.errors import (
     AgentUnavailableError,
+    AskTimeoutError,
     BusError,
     ExpiredError,
+    FencedError,
     FoundationError,
     HandlerError,
     PayloadInvalidError,
     PayloadTooLargeError,
+    StateInvalidError,
     StateTooLargeError,
     UnhandledSignalError,
 )
@@ -284,20 +287,21 @@ class Activation:
             self._refuse(message.reply)
             return
         if self.queue is not None and len(self.queue) >= 2 * self.runtime.in_memory_max:
-            self._send_reply(
-                message.reply,
-                orjson.dumps(
-                    error_body(AgentUnavailableError(f"{self.id} has too much to do.", busy=True))
-                ),
+            busy = AgentUnavailableError(
+                f"{self.id} has too much to do.", busy=True, refused=self.epoch, sure=True
             )
+            self._send_reply(message.reply, orjson.dumps(error_body(busy)))
             return
         self._put(_Ask(message.reply, message.data))
 
     def _refuse(self, reply: str) -> None:
+        """Say that nothing was handled: here, and, as long as our right holds, anywhere."""
         error = AgentUnavailableError(
             f"{self.id} may not answer on {self.runtime.node} now: "
             "the node is stopping, or not sure that it still holds the agent.",
             hint="Ask again.",
+            refused=self.epoch,
+            sure=self.runtime.is_valid(),
         )
         self._send_reply(reply, orjson.dumps(error_body(error)))
 
@@ -1101,8 +1105,17 @@ class Activation:
         self.failure = str(error)
         if self.route is not None:
             self.runtime.bus.unsubscribe(self.route)
+        if isinstance(error, FencedError | StateInvalidError):
+            # What was handled may be stored, and whoever has the agent now may have been asked, too.
+            said: FoundationError = AskTimeoutError(
+                f"{self.id} was replaced before it was known whether what it did is stored: {error}",
+                hint="It may have handled the question all the same.",
+                agent=self.id,
+            )
+        else:
+            said = error
         for reply, _ in self._awaiting + (self.in_flight[3] if self.in_flight else []):
-            self._send_reply(reply, orjson.dumps(error_body(error)))
+            self._send_reply(reply, orjson.dumps(error_body(said)))
         self._awaiting = []
         if self.in_flight is not None:
             self.in_flight = None

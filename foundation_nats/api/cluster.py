@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -32,6 +33,7 @@ from foundation_nats.bus import assets
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.rpc import read_reply
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.bus.wire import Message
 from foundation_nats.cluster.events import Events as ClusterEvents
 from foundation_nats.cluster.registry import Registry
 from foundation_nats.cluster.topology import Topology
@@ -42,6 +44,7 @@ from foundation_nats.errors import (
     AgentNotFoundError,
     AgentUnavailableError,
     AskTimeoutError,
+    BusError,
     BusTimeoutError,
     ConfigError,
     NoRespondersError,
@@ -265,8 +268,7 @@ class Cluster:
             if left <= 0:
                 raise AskTimeoutError(f"{agent} did not answer within {timeout:g} s.", agent=agent)
             try:
-                reply = await self.bus.request(subject, payload, timeout=left)
-                return read_reply(reply.data)
+                return await self._answer(agent, subject, payload, left)
             except NoRespondersError:
                 why, moves = await self._why_nobody(agent)
                 if not moves or arrived or monotonic() + _ASK_AGAIN_S >= ends:
@@ -274,9 +276,9 @@ class Cluster:
                 # On its way to another node, or just there: nobody has seen the question.
                 arrived = why.details.get("status") == AgentStatus.RUNNING
                 await asyncio.sleep(_MOVING_S)
-            except AgentUnavailableError:
-                # Refused before it was handled: asking again is safe.
-                if monotonic() + _ASK_AGAIN_S >= ends:
+            except AgentUnavailableError as error:
+                # Refused before anybody has handled it: asking again is safe.
+                if "refused" not in error.details or monotonic() + _ASK_AGAIN_S >= ends:
                     raise
                 await asyncio.sleep(_ASK_AGAIN_S)
             except BusTimeoutError as error:
@@ -285,6 +287,50 @@ class Cluster:
                     hint="It may have handled the question all the same.",
                     agent=agent,
                 ) from error
+
+    async def _answer(self, agent: str, subject: str, payload: bytes, timeout: float) -> Any:
+        """Ask once; returns the answer of whoever has the agent.
+
+        A frozen or cut off activation that is back hears questions, too, and refuses them, while
+        its successor handles them. So a refusal counts only if it comes from one that was sure of
+        its right, or if the registry knows no later one; otherwise the next reply is awaited.
+
+        Raises:
+            NoRespondersError: nobody was there.
+            AgentUnavailableError: nobody has handled it.
+            BusTimeoutError, FoundationError
+        """
+        replies: deque[Message | BusError] = deque()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Message | BusError) -> None:
+            replies.append(reply)
+            if not waiter.done():
+                waiter.set_result(None)
+
+        token = self.bus.request_nowait(subject, payload, on_reply, timeout=timeout, many=True)
+        try:
+            while True:
+                if not replies:
+                    waiter = asyncio.get_running_loop().create_future()
+                    await waiter
+                reply = replies.popleft()
+                if isinstance(reply, BusError):
+                    raise reply
+                try:
+                    return read_reply(reply.data)
+                except AgentUnavailableError as error:
+                    epoch = error.details.get("refused")
+                    if epoch is None or error.details.get("sure"):
+                        raise
+                    try:
+                        known = (await self.agents.get(agent)).epoch
+                    except AgentNotFoundError:
+                        raise error from None
+                    if known <= epoch:
+                        raise
+        finally:
+            self.bus.forget(token)
 
     async def _why_nobody(
         self, agent: str

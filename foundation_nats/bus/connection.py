@@ -384,7 +384,8 @@ class Bus:
 
     def forget(self, token: str) -> None:
         """Call nothing any more for this request."""
-        self._pending.pop(token, None)
+        if self._pending.pop(token, None) is not None and self._window:
+            self._open_window()
 
     async def request(
         self,

@@ -23,6 +23,9 @@ SEEDS = {
         "--seed", "3018",
     ),
     "who was on its way to another node got nothing of what was sent to all": ("--seed", "5001"),
+    "an old activation refused a question that its successor handled, so it was asked twice": (
+        "--seed", "5003",
+    ),
     "agents that emit compared all with all": (
         "--seed", "5", "--seconds", "15", "--rate", "20", "--workload", "counters",
     ),

@@ -7,14 +7,16 @@ import signal
 from functools import partial
 from uuid import uuid4
 
+import orjson
 import pytest
 
-from foundation_nats import FoundationError
+from foundation_nats import Cluster, FoundationError
 from foundation_nats.base.clock import monotonic
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
+from foundation_nats.bus.rpc import error_body
 from foundation_nats.bus.wire import Message
-from foundation_nats.errors import BusError
+from foundation_nats.errors import AgentUnavailableError, AskTimeoutError, BusError
 from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.testing import TestCluster, eventually
 from foundation_nats.testing.links import Link
@@ -270,3 +272,30 @@ async def test_a_right_that_lapsed_comes_back_only_for_what_the_registry_still_g
 
         await eventually(settled, timeout=20, message="all run, where the records say")
         assert (await cluster.agents.get(moved)).epoch == record.epoch + 1
+
+
+async def test_a_refusal_of_an_old_activation_makes_nobody_ask_twice() -> None:
+    """One that is back after its end hears questions, too, and refuses before the owner answers."""
+    async with TestCluster(nodes=1, workers=1, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        await cluster.agents.start("fleet:Counter", id="visits")
+        epoch = (await cluster.agents.get("visits")).epoch
+        async with Cluster.connect(nodes.server.url, cluster=cluster.name) as old:
+            refused = AgentUnavailableError("not sure", refused=epoch - 1, sure=False)
+            body = orjson.dumps(error_body(refused))
+            route = old.bus.subscribe(
+                cluster.subjects.ask("visits"),
+                lambda message: old.bus.publish(message.reply, body),
+            )
+            # Its refusal is first now and then; what is seen first is not decided here.
+            for number in range(1, 101):
+                assert await cluster.ask("visits", "counter.add", {"amount": 1}) == number
+            # Where nobody else was asked, it is an unknown outcome, and not a new try.
+            for worker in nodes.nodes["n1"].workers():
+                worker.send_signal(signal.SIGSTOP)
+            with pytest.raises(AskTimeoutError):
+                await cluster.ask("visits", "counter.add", {"amount": 1}, timeout=0.5)
+            for worker in nodes.nodes["n1"].workers():
+                worker.send_signal(signal.SIGCONT)
+            old.bus.unsubscribe(route)
+        assert await cluster.ask("visits", "counter.get") in (100, 101)
