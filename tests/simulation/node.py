@@ -90,6 +90,9 @@ _LAG_MEMORY_S = 5.0
 _RECORD_TTL_S = 60.0
 _SEALED_TTL_S = 3600.0
 _DEAF_BEATS = 2.5
+_EARLY_BEAT = 0.6
+_LATE_BEAT = 1.15, 1.3
+_LATE_PROBE = 1.25
 _RECORD_EVERY_S = 20.0
 _STALL_S = 1.0
 _RETRY_S = 0.2
@@ -226,7 +229,8 @@ class Node:
         self._disturbed_at: float | None = None
         self._lagged_at: float | None = None
         self._own_heard_at = 0.0
-        self._next_beat = self._next_probe = self._expected = 0.0
+        self._next_beat = self._next_probe = self._expected = self._beat_at = 0.0
+        self._pinged_at: float | None = None
         # validity
         self._line = _Line()
         self._validity: Validity | None = None
@@ -685,6 +689,17 @@ class Node:
             if is_first or (before is not None and before.draining != beat.draining):
                 self._notify()
         self._echo(beat)
+        if (
+            self._term is None
+            and name == self._holder
+            and self.now - self._beat_at >= LIVENESS.heartbeat_interval_s * _EARLY_BEAT
+        ):
+            self._send_heartbeat()
+
+    def note_ping(self, source: str) -> None:
+        """Somebody's probe arrived."""
+        if source == self._holder:
+            self._pinged_at = self.now
 
     def _may_echo(self) -> bool:
         if Bug.ECHOES_FOR_EVER in self.world.missing:
@@ -939,6 +954,10 @@ class Node:
         if not self._is_member or not self.is_connected or (self._is_over and not left):
             return
         self._beats += 1
+        self._beat_at = self.now
+        follows = self._term is None and self._holder not in (None, self.name)
+        share = self.rng.uniform(*(_LATE_BEAT if follows else (0.9, 1.1)))
+        self._next_beat = self.now + LIVENESS.heartbeat_interval_s * share
         beat = Beat(
             self.name,
             self.incarnation,
@@ -961,8 +980,11 @@ class Node:
         self._note_deafness(now)
         if now >= self._next_beat:
             self._send_heartbeat()
-            self._next_beat = now + LIVENESS.heartbeat_interval_s * self.rng.uniform(0.9, 1.1)
-        if now >= self._next_probe:
+            self._next_beat = max(self._next_beat, now + LIVENESS.heartbeat_interval_s / 2)
+        due = self._next_probe
+        if self._term is None and self._pinged_at is not None:
+            due = max(due, self._pinged_at + LIVENESS.probe_interval_s * _LATE_PROBE)
+        if now >= due:
             self._probe_all()
             self._next_probe = now + LIVENESS.probe_interval_s
         due = self._detector.deadline()

@@ -101,13 +101,13 @@ def test_a_calm_world_is_quiet() -> None:
 
 
 _PLANTED = [
-    (Invariant.ONE_ANSWERS, 50, {Bug.LONG_FENCE}),
+    (Invariant.ONE_ANSWERS, 80, {Bug.LONG_FENCE}),
     (Invariant.ONE_LEADER_PER_TERM, 0, {Bug.TRUSTS_REFUSED_LEASE}),
     (Invariant.ONE_NODE_PER_EPOCH, 0, {Bug.KEEPS_EPOCH}),
-    (Invariant.ONE_NODE_PER_EPOCH, 740, {Bug.BLIND_WRITES}),
-    (Invariant.EPOCHS_GROW, 250, {Bug.SKIPS_EPOCH_CHECK}),
+    (Invariant.ONE_NODE_PER_EPOCH, 915, {Bug.BLIND_WRITES}),
+    (Invariant.EPOCHS_GROW, 330, {Bug.SKIPS_EPOCH_CHECK}),
     (Invariant.CONVERGES, 30, {Bug.RETURNS_AS_BEFORE}),
-    (Invariant.ONE_ANSWERS, 340, {Bug.STOP_MISSES_CLAIM}),
+    (Invariant.ONE_ANSWERS, 375, {Bug.STOP_MISSES_CLAIM}),
     (Invariant.NO_SPINNING, 0, {Bug.SPINS}),
     # One safeguard covers for the other: only without both it goes wrong soon.
     (Invariant.ONE_ANSWERS, 0, {Bug.ECHOES_FOR_EVER, Bug.RESTORES_UNREAD}),

@@ -321,7 +321,10 @@ class World:
             return 0
         there = weather.core(source, target, now, rng)
         back = weather.core(target, source, now, rng)
-        if node.is_frozen or node.is_dead or max(there, back) > now:
+        if node.is_frozen or node.is_dead or there > now:
+            return None
+        node.note_ping(source)
+        if back > now:
             return None
         return node.incarnation
 
