@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import fleet, ours
+from benchmarks import fleet, ours, streams
 from benchmarks.floor import create, failover, latency, mailbox, memory
 from benchmarks.floor.server import throw_away_server
 from foundation_nats.base.tasks import run
@@ -66,6 +66,8 @@ WORKS = [
     Work("memory", ours.memory, memory.run),
     Work("idle", ours.idle, None),
     Work("launch", ours.launch, None),
+    Work("pipeline", streams.through_stages, None),
+    Work("map-reduce", streams.in_chunks, None),
 ]
 
 # fmt: off
@@ -89,6 +91,8 @@ ROWS = [
     Row("idle", "the same, idle: cpu of all nodes, of one core", "cpu_percent", None, "%", None, 3.0),
     Row("idle", "the same: memory", "rss_mb", None, "MB"),
     Row("launch", "server, node, agent: first answer", "launch_seconds", None, "s", None, 0.5),
+    Row("pipeline", "items through five stages, exactly once", "items_per_s", None, "/s", None, None, True),
+    Row("map-reduce", "1,000,000 items mapped and counted once", "items_per_s", None, "/s", None, None, True),
 ]
 # fmt: on
 

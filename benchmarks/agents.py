@@ -64,3 +64,27 @@ class Stamp(Agent):
     @on("read")
     async def read(self, signal: Signal) -> list[int]:
         return self.notes
+
+
+class Stage(Agent):
+    """One stage of a pipeline; its effect is a count."""
+
+    class State(State):
+        counter: int = 0
+
+    @on("step")
+    async def step(self, signal: Signal[int]) -> int:
+        self.state.counter += 1
+        return signal.data + 1
+
+    @on("get")
+    async def get(self, signal: Signal) -> int:
+        return self.state.counter
+
+
+class Adder(Agent):
+    """Maps: the sum of a chunk."""
+
+    @on("map")
+    async def map(self, signal: Signal) -> int:
+        return sum(signal.data["items"])

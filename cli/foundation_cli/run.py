@@ -1,12 +1,13 @@
 """Commands that take part in the coordination patterns, for shells: JSON values in, one JSON line out.
 
-``foundation run barrier|vote|cast|auction|saga|put|work|dead``. What they start survives them: the same
-command again, with the same id, goes on where an interrupted one was, or repeats its result.
+``foundation run barrier|vote|cast|auction|saga|pipeline|map-reduce|put|work|dead``. What they start survives
+them: the same command again, with the same id, goes on where an interrupted one was, or repeats its result.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from foundation_cli.connection import (
     with_shared,
 )
 
-_HELP = """Barriers, votes, auctions, sagas and queues, from a shell.
+_HELP = """Barriers, votes, auctions, sagas, pipelines, map-reduce and queues, from a shell.
 
 The same command with the same id goes on with an interrupted one, or repeats its result.
 """
@@ -308,6 +309,206 @@ def saga(
         raise typer.Exit(render.FAILED)
 
 
+_LINES_HELD = 1024
+
+
+async def _lines() -> AsyncIterator[Any]:
+    """Each line of stdin as JSON, read by a thread: it may come slowly, and never end."""
+    import asyncio
+    import threading
+
+    loop = asyncio.get_running_loop()
+    found: asyncio.Queue[str | None] = asyncio.Queue()
+    room = threading.Semaphore(_LINES_HELD)
+
+    def hand_over(line: str | None) -> None:
+        loop.call_soon_threadsafe(found.put_nowait, line)
+
+    def read() -> None:
+        try:
+            for line in sys.stdin:
+                room.acquire()
+                hand_over(line)
+            hand_over(None)
+        except RuntimeError:
+            return  # the loop has ended before the input
+
+    # A daemon: nothing can end a thread that waits for stdin.
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+    number = 0
+    while (line := await found.get()) is not None:
+        room.release()
+        number += 1
+        if line.strip():
+            try:
+                yield values.json_value(line)
+            except typer.BadParameter as error:
+                raise typer.BadParameter(f"Line {number} of stdin: {error.message}") from None
+
+
+def _items(text: str) -> Any:
+    if text == "-":
+        return _lines()
+    found = values.json_value(text)
+    if not isinstance(found, list):
+        raise typer.BadParameter("Items are a JSON list, or - for one per line of stdin.")
+    return found
+
+
+def _stage(text: str, timeout: float, retries: int) -> dict[str, Any]:
+    """``NAME=AGENT[,AGENT…]:TYPE``, or JSON."""
+    common = {"timeout_s": timeout, "retries": retries}
+    if text.lstrip().startswith("{"):
+        return {**common, **values.json_value(text)}
+    name, is_named, rest = text.partition("=")
+    agents, has_type, type = rest.rpartition(":")
+    if not (is_named and has_type and agents and type):
+        raise typer.BadParameter(
+            f"{text!r} is no stage: write NAME=AGENT[,AGENT…]:TYPE.", param_hint="--stage"
+        )
+    names = [agent.strip() for agent in agents.split(",")]
+    return {"name": name, "agents": names, "type": type, **common}
+
+
+@with_shared
+def pipeline(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The run's id.")],
+    items: Annotated[
+        str,
+        typer.Argument(metavar="[ITEMS]", help="A JSON list; -: each line of stdin is an item."),
+    ] = "-",
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=AGENT[,AGENT…]:TYPE", help="The stages in their order; repeat it."
+        ),
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(metavar="N", min=1, help="So many items at a time.")
+    ] = 256,
+    retries: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How often a stage may refuse an item.")
+    ] = 0,
+    stage_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=values.duration,
+            help="A stage without an answer for so long has failed.",
+            show_default="1m",
+        ),
+    ] = "1m",  # type: ignore[assignment]
+) -> None:
+    """Send items through stages at agents; prints one line per item, in order; 1 if some have failed.
+
+    After an interruption the same command, with the same input, goes on; lines that were printed just
+    before it may be printed again, with the same numbers.
+
+    Example: foundation run pipeline scan-7 --stage fetch=f1,f2:fetch --stage scan=scanner:scan < urls.jsonl
+    """
+    stages = [_stage(text, stage_timeout, retries) for text in stage or []]
+    source = _items(items)
+
+    async def main() -> int:
+        from foundation_nats.coordination import pipeline as make
+
+        failed = 0
+        async with (
+            connected(shared) as cluster,
+            make(cluster, name, stages, source, in_flight=in_flight) as going,
+        ):
+            async for result in going:
+                failed += bool(result.stage)
+                found = {"item": result.item, "value": result.value}
+                if result.stage:
+                    found = {"item": result.item, "stage": result.stage, "error": result.error}
+                text = (
+                    f"{result.item}: failed at {result.stage}: {render.clean(result.error)}"
+                    if result.stage
+                    else f"{result.item}: {render.json_text(result.value)}"
+                )
+                _say(shared, found, text)
+            if shared.format is Output.TABLE:
+                now = going.progress
+                render.talk(f"{now.done} items done, {now.failed} failed")
+            return failed
+
+    if run(main):
+        raise typer.Exit(render.FAILED)
+
+
+@with_shared
+def map_reduce(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The job's id.")],
+    items: Annotated[
+        str,
+        typer.Argument(metavar="[ITEMS]", help="A JSON list; -: each line of stdin is an item."),
+    ] = "-",
+    mapper: Annotated[
+        str, typer.Option(metavar="CAPABILITY", help="What agents provide that map.")
+    ] = "map",
+    reduce: Annotated[
+        str,
+        typer.Option(
+            metavar="sum|min|max|merge|agent:ID", help="How what the chunks make is put together."
+        ),
+    ] = "merge",
+    chunk: Annotated[int, typer.Option(metavar="N", min=1, help="Items per question.")] = 1000,
+    straggler: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=values.duration,
+            help="After so long an idle mapper gets the chunk too.",
+            show_default="10s",
+        ),
+    ] = "10s",  # type: ignore[assignment]
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Print partial results, too, one line each.")
+    ] = False,
+    wait: _wait("1h", "How long to wait; the job goes on at the next call.") = "1h",  # type: ignore
+) -> None:
+    """Let agents map items in chunks, count each chunk once, and print what they make together.
+
+    After an interruption the same command, with the same input, goes on.
+
+    Example: foundation run map-reduce words-7 --mapper count-words --reduce merge < lines.jsonl
+    """
+    source = _items(items)
+
+    async def main() -> Any:
+        from foundation_nats.coordination import map_reduce as go
+
+        is_noted = False
+
+        def tell(now: Any) -> None:
+            nonlocal is_noted
+            if not now.mappers and not is_noted:
+                is_noted = True
+                render.talk(f"no agent that runs provides {mapper} yet: waiting for one")
+            if partial:
+                found = {"job": name, "items": now.items, "total": now.total, "partial": now.value}
+                _say(shared, found, f"{now.items} items: {render.json_text(now.value)}")
+
+        async with connected(shared) as cluster:
+            return await go(
+                cluster,
+                name,
+                source,
+                mapper,
+                reduce,
+                chunk=chunk,
+                straggler_s=straggler,
+                on_progress=tell,
+                timeout=wait,
+            )
+
+    result = run(main)
+    _say(shared, {"job": name, "result": result}, render.json_text(result))
+
+
 _Queue = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
 
 
@@ -406,7 +607,10 @@ def work(
                 process.kill()
                 await process.wait()
         if process.returncode:
-            raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+            why = f"{command[0]} ended with {process.returncode}"
+            mark = render.styled("!", "yellow", sys.stderr)
+            render.talk(f"{mark} {render.clean(item.id)}, attempt {item.attempt}: {why}")
+            raise RuntimeError(why)
 
     async def main() -> int:
         from foundation_nats.coordination import workqueue
@@ -469,6 +673,17 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
         rich_markup_mode=None,
     )
-    for command in (barrier, vote, cast, auction, saga, put, work, dead):
+    for command in (
+        barrier,
+        vote,
+        cast,
+        auction,
+        saga,
+        pipeline,
+        map_reduce,
+        put,
+        work,
+        dead,
+    ):
         group.command()(command)
     app.add_typer(group)

@@ -51,7 +51,9 @@ def json_value(text: str | None, stdin: Any = None) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        line = (text.splitlines() or [""])[error.lineno - 1 if text.strip() else 0]
+        lines = text.splitlines() or [""]
+        # The end behind a line break is a line of its own to the parser.
+        line = lines[min(error.lineno, len(lines)) - 1]
         near = line[max(0, error.colno - 11) : error.colno + 10]
         hint = " A text needs double quotes inside the shell's single ones: '\"text\"'."
         raise typer.BadParameter(

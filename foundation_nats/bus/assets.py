@@ -318,7 +318,7 @@ async def ensure_queue(
     names: Subjects,
     name: str,
     *,
-    replicas: int,
+    replicas: int | None,
     parts: int,
     items_max: int,
     ack_wait_s: float,
@@ -326,8 +326,8 @@ async def ensure_queue(
 ) -> dict[str, str]:
     """Create the stream of the work queue *name* if it is missing; returns how it is set up.
 
-    Each part has one consumer; of a part with keys one item at a time is handed out, which is
-    what keeps the order of a key.
+    Without *replicas* it has as many as SIGNALS. Each part has one consumer; of a part with
+    keys one item at a time is handed out, which is what keeps the order of a key.
 
     Raises:
         ServerError: the server has no room.
@@ -337,6 +337,9 @@ async def ensure_queue(
     try:
         found = (await api(bus, "STREAM.INFO", stream))["config"]
     except NotFoundError:
+        if replicas is None:
+            signals = await api(bus, "STREAM.INFO", names.signals_stream)
+            replicas = int(signals["config"].get("num_replicas", 1))
         await _ensure_stream(
             bus,
             {

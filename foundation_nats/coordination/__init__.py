@@ -5,6 +5,8 @@ from foundation_nats.coordination.barrier import Barrier, barrier
 from foundation_nats.coordination.counter import Counter, counter
 from foundation_nats.coordination.election import Election, election
 from foundation_nats.coordination.lock import Lock, lock
+from foundation_nats.coordination.map_reduce import map_jobs, map_reduce
+from foundation_nats.coordination.pipeline import Pipeline, pipeline, pipelines
 from foundation_nats.coordination.saga import saga, sagas
 from foundation_nats.coordination.semaphore import Semaphore, semaphore
 from foundation_nats.coordination.vote import cast, vote, vote_result
@@ -15,6 +17,7 @@ __all__ = [
     "Counter",
     "Election",
     "Lock",
+    "Pipeline",
     "Semaphore",
     "WorkQueue",
     "auction",
@@ -23,6 +26,10 @@ __all__ = [
     "counter",
     "election",
     "lock",
+    "map_jobs",
+    "map_reduce",
+    "pipeline",
+    "pipelines",
     "saga",
     "sagas",
     "semaphore",

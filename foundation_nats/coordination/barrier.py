@@ -25,12 +25,16 @@ from foundation_nats.coordination.lock import Connection
 from foundation_nats.errors import (
     BarrierBrokenError,
     BusTimeoutError,
+    BusUnavailableError,
     ConfigError,
     FoundationError,
 )
 from foundation_schemas.coordination import BarrierRecord
 
-_PARTIES_MAX = 1000
+_PARTIES_MAX = 500
+_CROWD = 20
+_PACE_S = 0.004
+"""Per party of a crowd: every arrival changes the one record, and all the others hear of it."""
 _BROKEN_MAX = 64
 _WITHDRAW_S = 1.0
 _GRACE_S = 3.0
@@ -132,7 +136,8 @@ class Barrier:
             )
         self.party = party or f"{connection.bus.name}-{token_hex(4)}"
         self.timeout = timeout
-        self._cell = Cell(connection, f"barrier_{name}", BarrierRecord)
+        pace = self.parties * _PACE_S if self.parties >= _CROWD else 0.0
+        self._cell = Cell(connection, f"barrier_{name}", BarrierRecord, pace_s=pace)
 
     async def wait(self, *, timeout: float | None = None, generation: int | None = None) -> int:
         """Arrive, and wait until all have; returns the generation that ended.
@@ -158,6 +163,7 @@ class Barrier:
         until = monotonic() + limit
         token = token_hex(8)
         mine: int | None = None
+        is_in = False
 
         def arrive(record: BarrierRecord | None) -> BarrierRecord | None:
             nonlocal mine
@@ -185,8 +191,11 @@ class Barrier:
             try:
                 await cell.change(arrive, until)
                 assert mine is not None
+                is_in = True
                 return await self._outcome(cell, mine, until, offset)
-            except BusTimeoutError as error:
+            except (BusTimeoutError, BusUnavailableError) as error:
+                if mine is None or not (is_in or isinstance(error, BusTimeoutError)):
+                    raise
                 raise BusTimeoutError(
                     f"It is not known how generation {mine} of the barrier {self.name} ended.",
                     hint=f"Wait again with generation={mine}.",

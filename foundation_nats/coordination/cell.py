@@ -42,6 +42,7 @@ POLL_S = 1.0
 """How often is looked, even if nothing is heard of a change."""
 _RETRY_S = 0.1
 _JITTER_S = 0.02
+_JITTER_MAX_S = 0.2
 
 
 def checked(what: str, name: str) -> str:
@@ -71,7 +72,11 @@ def as_json(value: Any, what: str) -> Any:
 class Cell(Generic[M]):
     """The record under *key*; enter it to hear of changes."""
 
-    def __init__(self, connection: Connection, key: str, kind: type[M]) -> None:
+    def __init__(
+        self, connection: Connection, key: str, kind: type[M], *, pace_s: float = 0.0
+    ) -> None:
+        """After a change is heard of, it is read within *pace_s*: not by a crowd at once."""
+        self._pace_s = pace_s
         self._bus = connection.bus
         self._bucket = Bucket(connection.bus, connection.subjects, "coordination")
         self._key = key
@@ -159,6 +164,7 @@ class Cell(Generic[M]):
         """
         unsure: BusTimeoutError | None = None
         self.unsure = False
+        jitter = _JITTER_S
         while True:
             try:
                 record, revision = await self._load(until)
@@ -175,7 +181,8 @@ class Cell(Generic[M]):
                 )
                 return after
             except StaleRevisionError:
-                await asyncio.sleep(random.uniform(0, _JITTER_S))
+                await asyncio.sleep(random.uniform(0, jitter))
+                jitter = min(jitter * 1.5, max(_JITTER_MAX_S, 2 * self._pace_s))
             except BusTimeoutError as error:
                 unsure, self.unsure = error, True
                 if monotonic() >= until:
@@ -191,6 +198,8 @@ class Cell(Generic[M]):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self.changed.wait()
+                if self._pace_s:
+                    await asyncio.sleep(random.uniform(0, self._pace_s))
 
 
 __all__ = ["KEEP_S", "POLL_S", "Cell", "as_json", "checked"]

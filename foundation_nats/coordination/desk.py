@@ -9,7 +9,9 @@ that its predecessor has asked.
 Guaranteed: a question is handled at most once however often it is asked under its id, by
 however many processes. Within the duplicate window the stream sees to it. Later, `ask` looks for
 its traces first: in the agent's mailbox, then in its outbox, then in the box. A question that
-was handled is in one of them, in this order, until the box is cleared.
+was handled is in one of them, in this order, until the box is cleared. A pattern that trims
+while others may ask says by `still` whether the answer is recorded: its record is changed
+before the box is trimmed, and read after the traces.
 
 Not guaranteed: an answer (the agent may never come back). An answer that comes after `clear` stays
 in the stream until the box is cleared again.
@@ -18,8 +20,8 @@ in the stream until the box is cleared again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +32,7 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import to_json
-from foundation_nats.bus.streams import StreamReader
+from foundation_nats.bus.streams import StoredMessage, StreamReader
 from foundation_nats.bus.wire import Message, Route
 from foundation_nats.coordination.lock import Connection
 from foundation_nats.errors import (
@@ -41,7 +43,7 @@ from foundation_nats.errors import (
     FoundationError,
 )
 from foundation_nats.signaling.envelope import BOX, encode_envelope, message_id
-from foundation_nats.signaling.evidence import SAFE_SHARE, is_stored
+from foundation_nats.signaling.evidence import SAFE_SHARE, is_stored, parse_time
 from foundation_nats.signaling.publisher import Publisher
 from foundation_schemas.base import is_name
 
@@ -57,6 +59,10 @@ class Answer:
     code: str = ""
     """Of the error; empty: there was none."""
     message: str = ""
+    stored: float = field(default=0.0, compare=False)
+    """When, by the server's clock."""
+    sequence: int = field(default=0, compare=False)
+    """Its place in the box."""
 
     @property
     def is_error(self) -> bool:
@@ -125,6 +131,7 @@ class Desk:
         now: float,
         deadline: float | None = None,
         answer: bool = True,
+        still: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         """Store a question for *agent*, unless it was; without *answer*: a message.
 
@@ -132,6 +139,8 @@ class Desk:
             until: how long to try (`monotonic`).
             since: when it may have been asked first, by the server's clock; so is *now*.
             deadline: after it (by the server's clock) it is not handled any more.
+            still: asked after its traces were looked for in vain: whether they were not cleared meanwhile,
+                because its answer is recorded; needed by those that `trim` while others may ask.
 
         Raises:
             BusTimeoutError, BusUnavailableError, MailboxFullError: it may not be stored.
@@ -152,8 +161,9 @@ class Desk:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
         if answer:
             payload = b"%b,%b}" % (payload[:-1], to_json({"replyto": self._box})[1:-1])
-        if now - since > await self._window(until) * SAFE_SHARE and await self._was_asked(
-            agent, id, msg_id, since, until
+        if now - since > await self._window(until) * SAFE_SHARE and (
+            await self._was_asked(agent, id, msg_id, since, until)
+            or (still is not None and not await still())
         ):
             return
         left = max(0.1, until - monotonic())
@@ -210,7 +220,7 @@ class Desk:
                     messages, more = await self._signals.page(subject, self._read_to + 1)
                     for message in messages:
                         self._read_to = message.sequence
-                        self._take(message.data)
+                        self._take(message)
                     if not more or not messages:
                         return self._answers
                 return self._answers
@@ -219,16 +229,20 @@ class Desk:
                     raise
                 await asyncio.sleep(_RETRY_S)
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, stored: StoredMessage) -> None:
         try:
-            body = orjson.loads(data)
+            body = orjson.loads(stored.data)
+            where: dict[str, Any] = {
+                "stored": parse_time(stored.time).timestamp(),
+                "sequence": stored.sequence,
+            }
             said = body["data"]
             cause = said.get("cause") or body["cause"]
             error = said.get("error")
             found = (
-                Answer(ok=said.get("ok"))
+                Answer(ok=said.get("ok"), **where)
                 if error is None
-                else Answer(code=str(error["code"]), message=str(error["message"]))
+                else Answer(code=str(error["code"]), message=str(error["message"]), **where)
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             return  # somebody else's
@@ -248,6 +262,17 @@ class Desk:
                 if monotonic() + _RETRY_S >= until:
                     raise
                 await asyncio.sleep(_RETRY_S)
+
+    async def trim(self, is_over: Callable[[str], bool]) -> None:
+        """Forget and remove the oldest answers, up to the first whose question is not over."""
+        for id in [id for id in self._answers if is_over(id)]:
+            del self._answers[id]
+        oldest = min((answer.sequence for answer in self._answers.values()), default=None)
+        below = self._read_to + 1 if oldest is None else oldest
+        try:
+            await self._signals.purge(self._subjects.mailbox(self._box), below=below)
+        except (BusError, FoundationError) as error:
+            self._log.info("answers are left behind", error=str(error))
 
     async def clear(self) -> None:
         """Remove the answers, once what they said is recorded elsewhere."""

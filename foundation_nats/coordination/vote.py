@@ -69,7 +69,13 @@ def decided(record: VoteRecord, now: float) -> VoteRecord:
     left = sum(record.voters[voter] for voter in open_)
     ahead = max(counts, key=lambda choice: counts[choice])
     if _reaches(record, counts[ahead]):
-        others = [c for c in record.choices if c != ahead and _reaches(record, counts[c] + left)]
+        others = [
+            choice
+            for choice in record.choices
+            if choice != ahead
+            and counts[choice] + left >= counts[ahead]
+            and _reaches(record, counts[choice] + left)
+        ]
         if others and now < record.deadline and open_:
             return record  # a small quorum that two can reach: the one with more weight
         rivals = [c for c in record.choices if c != ahead and counts[c] == counts[ahead]]
@@ -251,35 +257,37 @@ async def cast(
         BusTimeoutError, BusUnavailableError: cast it again.
     """
     until = monotonic() + timeout
-    async with Cell(connection, f"vote_{checked('vote', name)}", VoteRecord) as cell:
-        now = await cell.now(until)
-        late = False
+    voter = voter.removeprefix("agent:")
+    # Not entered: a crowd that casts need not hear of each other's ballots.
+    cell = Cell(connection, f"vote_{checked('vote', name)}", VoteRecord)
+    now = await cell.now(until)
+    late = False
 
-        def put(record: VoteRecord | None) -> VoteRecord | None:
-            nonlocal late
-            if record is None:
-                raise _unknown(name)
-            if voter not in record.voters:
-                raise ConfigError(f"{voter!r} is none of the voters of {name}.")
-            if choice is not None and choice not in record.choices:
-                raise ConfigError(f"{choice!r} is none of: {', '.join(record.choices)}.")
-            before = record.ballots.get(voter)
-            if before is not None and not before.unavailable:
-                if before.choice != choice:
-                    raise ConflictError(
-                        f"{voter} has voted {before.choice or 'to abstain'} in {name} before."
-                    )
-                return None
-            late = record.result is not None or now >= record.deadline
-            if late:
-                return None
-            return counted(record, {voter: Ballot(choice=choice, reason=reason)}, now)
-
-        found = await cell.change(put, until, ttl_s=_ttl)
+    def put(record: VoteRecord | None) -> VoteRecord | None:
+        nonlocal late
+        if record is None:
+            raise _unknown(name)
+        if voter not in record.voters:
+            raise ConfigError(f"{voter!r} is none of the voters of {name}.")
+        if choice is not None and choice not in record.choices:
+            raise ConfigError(f"{choice!r} is none of: {', '.join(record.choices)}.")
+        before = record.ballots.get(voter)
+        if before is not None and not before.unavailable:
+            if before.choice != choice:
+                raise ConflictError(
+                    f"{voter} has voted {before.choice or 'to abstain'} in {name} before."
+                )
+            return None
+        late = record.result is not None or now >= record.deadline
         if late:
-            raise VoteClosedError(f"The vote {name} is over; the ballot of {voter} is not counted.")
-        assert found is not None
-        return found
+            return None
+        return counted(record, {voter: Ballot(choice=choice, reason=reason)}, now)
+
+    found = await cell.change(put, until, ttl_s=_ttl)
+    if late:
+        raise VoteClosedError(f"The vote {name} is over; the ballot of {voter} is not counted.")
+    assert found is not None
+    return found
 
 
 def _unknown(name: str) -> NotFoundError:

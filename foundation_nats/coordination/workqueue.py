@@ -160,7 +160,7 @@ class WorkQueue:
         visibility_s: float | None,
         attempts: int | None,
         parts: int | None,
-        replicas: int,
+        replicas: int | None,
     ) -> None:
         self.name = checked("queue", name)
         if visibility_s is not None and visibility_s < _VISIBILITY_MIN_S:
@@ -527,6 +527,7 @@ class WorkQueue:
         Raises:
             BusTimeoutError, BusUnavailableError
         """
+        await self.open()
         return sum((await self._reader.subjects(self._subjects.queue(self.name, "*"))).values())
 
     async def dead(self) -> list[DeadItem]:
@@ -598,7 +599,7 @@ def workqueue(
     visibility_s: float | None = None,
     attempts: int | None = None,
     parts: int | None = None,
-    replicas: int = 1,
+    replicas: int | None = None,
 ) -> WorkQueue:
     """A handle on the work queue *name*; its first user sets it up.
 
@@ -606,7 +607,7 @@ def workqueue(
         visibility_s: how long an item is one worker's alone (30 s).
         attempts: after so many it is a dead letter (5).
         parts: how many items with keys are in hands at a time (16).
-        replicas: copies of its stream, where the cluster has several servers.
+        replicas: copies of its stream (as many as the cluster's streams have).
 
     Raises:
         ConfigError: an argument is wrong.

@@ -1,4 +1,4 @@
-"""What the keys of locks, elections, semaphores, counters, barriers, votes, auctions and sagas hold.
+"""What the keys of locks, elections, semaphores, counters and of all the patterns hold.
 
 Pure. Keys of locks, elections, semaphores and barriers are never deleted, so that tokens and
 generations only grow; votes, auctions and sagas go some days after they have ended.
@@ -276,3 +276,85 @@ class DeadItem(WireModel):
     attempts: int
     reason: str
     at: str
+
+
+class Span(WireModel):
+    """Consecutive items of an input that have been taken in, and may have been asked about."""
+
+    first: int
+    """The number of the first; of the whole input, from 0."""
+    count: int
+    opened: float
+    """By the server's clock: nothing of it was asked before."""
+    digest: str
+    """Of the items, so that another input under the same id is noticed."""
+    lost: dict[int, list[str]] = Field(default_factory=dict)
+    """Items that were given up without an answer, to the stage and the reason."""
+    finished: bool = False
+    """The outcome of each item stands."""
+
+
+class PipelineStage(WireModel):
+    """One stage of a pipeline: which agents do it, and how often and how long it is tried."""
+
+    name: Name
+    agents: list[str]
+    """Item number n goes to the agent n modulo their number."""
+    type: str
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Without an answer by then the item has failed."""
+    retries: int = Field(default=0, ge=0, le=100)
+    """How often an item that was refused (its handler raised) is asked anew."""
+
+
+class PipelineRecord(WireModel):
+    """One run of a pipeline: its stages, what was taken in, and what was handed out."""
+
+    stages: list[PipelineStage]
+    cursor: int = 0
+    """So many items are over and their results were handed out."""
+    failed: int = 0
+    """How many of those have failed."""
+    spans: list[Span] = Field(default_factory=list)
+    """What has been taken in since, in order."""
+    total: int | None = None
+    """How many items the input has, once its end was seen."""
+    started: str = ""
+    ended: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.total is not None and self.cursor >= self.total
+
+
+class MapRecord(WireModel):
+    """One map-reduce job: what was taken in, which chunks are counted, and what they make together."""
+
+    mapper: str
+    """The capability that those who map have."""
+    type: str
+    fold: str
+    """How chunks are put together: a name, or ``agent:ID``; ``function`` if it is the caller's."""
+    initial: Any = None
+    cursor: int = 0
+    """So many chunks are counted, each once, in their order."""
+    items: int = 0
+    """In those chunks."""
+    value: Any = None
+    """What they make together."""
+    spans: list[Span] = Field(default_factory=list)
+    """The chunks that have been taken in since, in order."""
+    total: int | None = None
+    """How many items the input has, once its end was seen."""
+    error: str = ""
+    """Why a chunk could not be done; it is tried anew when the job is called again."""
+    rounds: int = 0
+    """How often that was so."""
+    started: str = ""
+    ended: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every chunk is counted."""
+        return self.total is not None and self.items >= self.total

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from foundation_nats import Agent, Signal, State, on
+from foundation_nats.coordination import barrier, vote
 
 
 class Voter(Agent):
@@ -93,6 +94,15 @@ class Desk(Agent):
     @on("do")
     async def do(self, signal: Signal[dict[str, Any]]) -> None:
         self.state.log.append(f"{signal.data['key']} {signal.data['data']}")
+
+    @on("meet")
+    async def meet(self, signal: Signal) -> int:
+        return await barrier(self.ctx, "meeting", ["d1", "d2"], party=self.id).wait(timeout=20)
+
+    @on("ballot")
+    async def ballot(self, signal: Signal[list[str]]) -> str | None:
+        name = f"ballot-{signal.id}"
+        return (await vote(self.ctx, name, "?", ["yes", "no"], signal.data, timeout=20)).choice
 
     @on("log")
     async def get(self, signal: Signal) -> list[str]:

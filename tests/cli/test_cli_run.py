@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+from foundation_nats import Cluster
+from foundation_nats.coordination import workqueue
 from foundation_nats.testing import TestServer
 
 
@@ -102,6 +104,24 @@ async def test_shells_put_and_work(server: TestServer) -> None:
     code, _, err = await _run(server, "dead", "q")
     assert code == 0
     assert "No dead letters." in err
+    await _run(server, "put", "q", "1", "--id", "worse")
+    async with Cluster.connect(server.url) as cluster:
+        jobs = workqueue(cluster, "q")
+        item = await jobs.take()
+        assert item is not None
+        await item.bury("tired of it")
+    code, out, _ = await _run(server, "dead", "q", "-o", "json")
+    (letter,) = json.loads(out)
+    assert (letter["item"]["id"], letter["reason"]) == ("worse", "tired of it")
+    code, out, _ = await _run(server, "dead", "q", "--replay", str(letter["sequence"]))
+    assert code == 0
+    once = "import json, sys; sys.exit(3 if json.loads(input())['attempt'] == 1 else 0)"
+    fails = [sys.executable, "-c", once]
+    code, out, err = await _run(server, "work", "q", "--drain", "--", *fails)
+    assert code == 0
+    assert "attempt 1:" in err
+    assert "ended with 3" in err
+    assert err.endswith("1 items done\n")
     code, _, err = await _run(server, "put", "q", "{}", "--key", ".who")
     assert code == 2
     assert "has no 'who'" in err

@@ -13,7 +13,7 @@ import pytest
 from foundation_nats.testing import TestCluster, TestServer
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = ["rendezvous", "ballot", "contract", "trip", "jobs"]
+EXAMPLES = ["rendezvous", "ballot", "contract", "trip", "jobs", "labels", "wordcount"]
 
 
 @pytest.fixture
@@ -76,3 +76,22 @@ async def test_jobs_of_a_customer_stay_in_order(server: TestServer) -> None:
     letter, done = _run("jobs", server.url)
     assert letter == "dead: bob-2 after 3 attempts: ValueError: bob's second job is bad"
     assert done == "{'ann': [1, 2, 3], 'bob': [1, 3]}"
+
+
+async def test_photos_pass_the_stages_in_order(nodes: TestCluster) -> None:
+    """The broken one says where and why; a second run has nothing left to do."""
+    lines = _run("labels", nodes.server.url, nodes.client.name)
+    assert lines == [
+        "0 sea.jpg fetch shrink label",
+        "1 failed at shrink: agent.handler: ValueError: not a photo",
+        "2 sky.jpg fetch shrink label",
+        "3 done, 1 failed",
+    ]
+    assert _run("labels", nodes.server.url, nodes.client.name) == ["3 done, 1 failed"]
+
+
+async def test_words_are_counted_once(nodes: TestCluster) -> None:
+    """And a second run tells the recorded result."""
+    expected = ["a: 1000 fish: 1000 red: 1000 sea: 2000 sky: 2000 the: 4000"]
+    for _ in range(2):
+        assert _run("wordcount", nodes.server.url, nodes.client.name) == expected

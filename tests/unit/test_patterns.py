@@ -15,8 +15,8 @@ from foundation_nats.coordination.saga import answered, begun, freed, present, s
 from foundation_nats.coordination.vote import counted, decided, read_ballot
 from foundation_schemas.coordination import (
     AuctionRecord,
-    BarrierRecord,
     Ballot,
+    BarrierRecord,
     Bid,
     SagaRecord,
     SagaStep,
