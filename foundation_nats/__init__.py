@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from foundation_nats.agent.agent import Agent, Context, Signal, on, subscribe
+    from foundation_nats.agent.agent import Agent, subscribe
+    from foundation_nats.agent.context import Context
+    from foundation_nats.agent.handling import on
+    from foundation_nats.agent.signal import Signal
     from foundation_nats.agent.state import State
     from foundation_nats.api.cluster import Cluster
     from foundation_nats.api.node import Node, NodeOptions
@@ -27,7 +30,7 @@ _HOMES = {
     "AgentRef": "foundation_nats.api.refs",
     "Cluster": "foundation_nats.api.cluster",
     "Config": "foundation_nats.config",
-    "Context": "foundation_nats.agent.agent",
+    "Context": "foundation_nats.agent.context",
     "Domain": "foundation_nats.consensus.domain",
     "FoundationError": "foundation_nats.errors",
     "Node": "foundation_nats.api.node",
@@ -36,10 +39,10 @@ _HOMES = {
     "Proposal": "foundation_nats.consensus.domain",
     "Receipt": "foundation_schemas",
     "RecoveredFrom": "foundation_schemas",
-    "Signal": "foundation_nats.agent.agent",
+    "Signal": "foundation_nats.agent.signal",
     "State": "foundation_nats.agent.state",
     "Target": "foundation_schemas",
-    "on": "foundation_nats.agent.agent",
+    "on": "foundation_nats.agent.handling",
     "subscribe": "foundation_nats.agent.agent",
 }
 

@@ -35,19 +35,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from foundation_nats.agent.agent import (
-    Agent,
-    Emission,
-    Handling,
-    Signal,
-    handlings,
-    start_arguments,
-    unhandled,
-    validated,
-)
+from foundation_nats.agent.agent import Agent, start_arguments
+from foundation_nats.agent.context import Emission
 from foundation_nats.agent.emissions import answer, expired, outbox_items
+from foundation_nats.agent.handling import Handling, handlings, unhandled, validated
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
+from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import dump_state, load_state
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted

@@ -13,8 +13,9 @@ from typing import Any
 
 from orjson import Fragment
 
-from foundation_nats.agent.agent import Emission, Signal
+from foundation_nats.agent.context import Emission
 from foundation_nats.agent.record import OutboxItem
+from foundation_nats.agent.signal import Signal
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.errors import ExpiredError

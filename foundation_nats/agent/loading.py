@@ -11,7 +11,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from foundation_nats.agent.agent import Agent, handlings, provided, subscribed
+from foundation_nats.agent.agent import Agent, provided, subscribed
+from foundation_nats.agent.handling import handlings
 from foundation_nats.agent.state import dump_state, first_state
 from foundation_nats.errors import ConfigError, FoundationError
 from foundation_schemas import ClassInfo

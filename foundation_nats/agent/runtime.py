@@ -25,7 +25,8 @@ from secrets import token_hex
 import orjson
 
 from foundation_nats.agent.activation import Activation
-from foundation_nats.agent.agent import Agent, Context
+from foundation_nats.agent.agent import Agent
+from foundation_nats.agent.context import Context
 from foundation_nats.agent.guards import Guards
 from foundation_nats.agent.loading import describe, load_class
 from foundation_nats.agent.outbox import (

@@ -20,15 +20,10 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from foundation_nats.agent.agent import (
-    Agent,
-    Context,
-    Signal,
-    handlings,
-    start_arguments,
-    unhandled,
-    validated,
-)
+from foundation_nats.agent.agent import Agent, start_arguments
+from foundation_nats.agent.context import Context
+from foundation_nats.agent.handling import handlings, unhandled, validated
+from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import dump_state, first_state, load_state
 from foundation_nats.base.clock import utc_text
 from foundation_nats.bus.rpc import to_json

@@ -9,7 +9,8 @@ import pytest
 import foundation_nats
 from foundation_nats import Agent, Signal, State, on
 from foundation_nats import errors as errors_module
-from foundation_nats.agent.agent import handlings, start_arguments
+from foundation_nats.agent.agent import start_arguments
+from foundation_nats.agent.handling import handlings
 from foundation_nats.agent.loading import describe, run_name
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.base import failpoint

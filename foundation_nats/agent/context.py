@@ -1,0 +1,260 @@
+"""`Context`: what a handler may know and call besides its state; `Emission`: what it asked to be sent.
+
+Nothing here speaks to NATS: what a handler emits is kept, and leaves with the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import typing
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import orjson
+
+from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
+from foundation_nats.agent.signal import Signal
+from foundation_nats.bus.rpc import to_json
+from foundation_nats.signaling.schedules import Timer, check_timer_name, timer_of
+from foundation_schemas import Target
+
+if typing.TYPE_CHECKING:
+    from foundation_nats.bus.connection import Bus
+    from foundation_nats.bus.subjects import Subjects
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What a handler asked to be sent, once its effects are stored."""
+
+    target: Target
+    type: str
+    data: Any
+    deadline: str | None = None
+    timer: Timer | None = None
+    """For later; its `generation` is given when it is stored."""
+    name: str = ""
+    """Of the timer."""
+
+
+class Context:
+    """What a handler may know and call besides its state."""
+
+    __slots__ = (
+        "_emissions",
+        "_gauges",
+        "_guards",
+        "_keys",
+        "_stop_reason",
+        "agent_id",
+        "bus",
+        "config",
+        "epoch",
+        "node",
+        "signal",
+        "subjects",
+    )
+    bus: Bus
+    """With `subjects`: for the patterns of `foundation_nats.coordination`, as in ``lock(self.ctx, …)``;
+    effects of those are outside (P8). Not there in plain tests."""
+    subjects: Subjects
+
+    def __init__(
+        self, agent_id: str, *, config: dict[str, Any] | None = None, node: str = "", epoch: int = 0
+    ) -> None:
+        self.agent_id = agent_id
+        self.config = config or {}
+        self.node = node
+        self.epoch = epoch
+        self.signal: Signal[Any] | None = None
+        """The signal in hand."""
+        self._emissions: list[Emission] = []
+        self._keys = 0
+        self._stop_reason: str | None = None
+        self._gauges: dict[str, float] = {}
+        self._guards: Guards | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key for an effect outside NATS, equal at every retry of the signal in hand.
+
+        Each reading within one handler gives the next key: ``<agent>.<signal>.<n>``.
+        Such effects are at least once (P8); a peer that honours the key makes them once.
+        """
+        self._keys += 1
+        cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
+        return f"{self.agent_id}.{cause}.{self._keys}"
+
+    def now(self) -> datetime:
+        """The wall clock, in UTC; differs between retries."""
+        return datetime.now(UTC)
+
+    @property
+    def random(self) -> random.Random:
+        """Randomness that repeats at every retry of the signal in hand."""
+        cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
+        return random.Random(f"{self.agent_id}.{cause}")
+
+    async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a blocking function in a thread, so that other agents go on."""
+        return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    def schedule(
+        self,
+        type: str,
+        data: Any = None,
+        *,
+        to: str | Target | None = None,
+        name: str | None = None,
+        at: datetime | str | None = None,
+        after: float | timedelta | None = None,
+        every: float | timedelta | None = None,
+        cron: str | None = None,
+        zone: str = "UTC",
+        ttl: float | None = None,
+    ) -> str:
+        """Send a signal later, once or again and again; stored together with the state.
+
+        To this agent itself unless *to* says otherwise. It outlives this activation, and the
+        agent. A later timer of the same *name* replaces this one. Returns the name.
+
+        Args:
+            at, after, every, cron: when; one of them, or *every* with a first time.
+            zone: in which *cron* is meant.
+            ttl: so many seconds after each firing it may still be handled.
+
+        Raises:
+            ValueError: an argument is wrong; says which.
+            TypeError: *data* is not JSON.
+        """
+        timer = timer_of(self.now(), at=at, after=after, every=every, cron=cron, zone=zone, ttl=ttl)
+        target = as_target(f"agent:{self.agent_id}" if to is None else to)
+        if name is None:
+            seed = f"{self._cause}\n{len(self._emissions)}".encode()
+            name = blake2b(seed, digest_size=8).hexdigest()
+        name = check_timer_name(name)
+        self._emissions.append(
+            Emission(target, checked_type(type), freeze(data), timer=timer, name=name)
+        )
+        return name
+
+    def cancel(self, name: str) -> None:
+        """End the timer *name* of this agent, together with the state; one that is firing may still come."""
+        timer = Timer(self.now(), is_cancel=True)
+        target = as_target(f"agent:{self.agent_id}")
+        self._emissions.append(
+            Emission(target, "cancel", None, timer=timer, name=check_timer_name(name))
+        )
+
+    @property
+    def _cause(self) -> str:
+        return self.signal.id if self.signal is not None else f"start-{self.epoch}"
+
+    def breaker(
+        self,
+        name: str,
+        *,
+        failures: int = 5,
+        window_s: float = 30.0,
+        pause_s: float = 5.0,
+        probes: int = 1,
+    ) -> Guard:
+        """A circuit breaker for calls to the outside: ``async with self.ctx.breaker("mail"): …``.
+
+        After *failures* within *window_s* it raises `BreakerOpenError` at once for *pause_s*, then lets
+        *probes* calls through. Shared by name in this worker; set where it is first used.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
+        return self._shared.breaker(
+            name, failures=failures, window_s=window_s, pause_s=pause_s, probes=probes
+        )
+
+    def limiter(self, name: str, *, rate: float, burst: float | None = None) -> Limiter:
+        """A limit of *rate* calls a second in this worker: ``await self.ctx.limiter(…).wait(timeout=1)``.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
+        return self._shared.limiter(name, rate=rate, burst=burst)
+
+    def bulkhead(self, name: str, *, limit: int, wait_s: float = 5.0) -> Bulkhead:
+        """At most *limit* at once in this worker: ``async with self.ctx.bulkhead("db", limit=4): …``.
+
+        Raises:
+            ConfigError: *limit* is below 1.
+        """
+        return self._shared.bulkhead(name, limit=limit, wait_s=wait_s)
+
+    async def retrying(
+        self,
+        function: Callable[[], Awaitable[R]],
+        *,
+        attempts: int = 3,
+        first_s: float = 0.1,
+        most_s: float = 10.0,
+        on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> R:
+        """Await *function* again while it raises *on*, with doubling pauses and jitter.
+
+        The mailbox waits meanwhile. The error of the last attempt, or of an open breaker, is raised.
+        """
+        return await retrying(function, attempts=attempts, first_s=first_s, most_s=most_s, on=on)
+
+    @property
+    def _shared(self) -> Guards:
+        if self._guards is None:
+            self._guards = Guards()
+        return self._guards
+
+    def gauge(self, name: str, value: float) -> None:
+        """Say how much of something there is now, such as work in hand; for autoscaling.
+
+        Kept in memory until it is set again; not stored, and not undone with a handler.
+        """
+        self._gauges[name] = float(value)
+
+    def stop(self, reason: str = "stopped by itself") -> None:
+        """Stop this agent after the signal in hand; a permanent one is started again."""
+        self._stop_reason = reason
+
+    def _begin(self, signal: Signal[Any] | None) -> None:
+        self.signal = signal
+        self._emissions = []
+        self._keys = 0
+
+
+def as_target(to: str | Target) -> Target:
+    """Read a target.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return to if isinstance(to, Target) else Target.parse(to)
+
+
+def checked_type(type: str) -> str:
+    """Return *type* if it can be a signal's.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if not type or any(c.isspace() for c in type):
+        raise ValueError(f"{type!r} is not a signal type")
+    return type
+
+
+def freeze(data: Any) -> Any:
+    """The data as it is now, as JSON.
+
+    Raises:
+        TypeError: it is not JSON.
+    """
+    return orjson.Fragment(to_json(data))
