@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from foundation_nats.agent.agent import Agent, subscribe
     from foundation_nats.agent.context import Context
     from foundation_nats.agent.handling import on
-    from foundation_nats.agent.signal import Signal
-    from foundation_nats.agent.state import State
+    from foundation_nats.agent.signal import Payload, Signal
+    from foundation_nats.agent.state import State, migrates
     from foundation_nats.api.cluster import Cluster
     from foundation_nats.api.node import Node, NodeOptions
     from foundation_nats.api.refs import AgentInfo, AgentRef, NodeInfo
@@ -36,12 +36,14 @@ _HOMES = {
     "Node": "foundation_nats.api.node",
     "NodeInfo": "foundation_nats.api.refs",
     "NodeOptions": "foundation_nats.api.node",
+    "Payload": "foundation_nats.agent.signal",
     "Proposal": "foundation_nats.consensus.domain",
     "Receipt": "foundation_schemas",
     "RecoveredFrom": "foundation_schemas",
     "Signal": "foundation_nats.agent.signal",
     "State": "foundation_nats.agent.state",
     "Target": "foundation_schemas",
+    "migrates": "foundation_nats.agent.state",
     "on": "foundation_nats.agent.handling",
     "subscribe": "foundation_nats.agent.agent",
 }
@@ -58,12 +60,14 @@ __all__ = [
     "Node",
     "NodeInfo",
     "NodeOptions",
+    "Payload",
     "Proposal",
     "Receipt",
     "RecoveredFrom",
     "Signal",
     "State",
     "Target",
+    "migrates",
     "on",
     "subscribe",
 ]

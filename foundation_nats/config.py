@@ -54,6 +54,8 @@ class MailboxConfig(_Section):
     """None: 60 % of what the account allows, so that mailboxes can't starve state commits (F8)."""
     state_max_bytes: int = 512 * 1024
     """Of one agent's state; with its outbox it must fit the server's ``max_payload`` of 1 MiB."""
+    steps_max_bytes: int = 128 * 1024
+    """Of the results of one agent's steps (`ctx.once`) that are remembered."""
     emit_max_bytes: int = 256 * 1024
     """Of what one handling emits; three quarters of it may wait in the outbox before the next."""
     attempts_max: int = Field(default=4, ge=1)

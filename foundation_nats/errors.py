@@ -53,6 +53,9 @@
     │   ├── PayloadInvalidError         the payload does not fit the handler's model
     │   ├── ExpiredError                not applied     its deadline had passed before it was handled
     │   ├── UnhandledSignalError        the agent has no handler for the type
+    │   ├── StepInDoubtError            a step of `ctx.once` may have been done: a person decides
+    │   ├── StepNotDoneError            raised by a step of `ctx.once`: surely nothing has happened
+    │   ├── StepTooLargeError           a step of `ctx.once` is done; its result could not be kept
     │   ├── StateTooLargeError
     │   └── StateInvalidError           the stored or new state does not fit the model
     └── RemoteError                     a peer's error whose class we do not know
@@ -400,6 +403,24 @@ class UnhandledSignalError(AgentError):
     """The agent has no handler for this type of signal."""
 
     code = "agent.unhandled_signal"
+
+
+class StepInDoubtError(AgentError):
+    """A step of `ctx.once` was begun, and it is not known whether it was done; not tried again."""
+
+    code = "agent.step_in_doubt"
+
+
+class StepNotDoneError(AgentError):
+    """For steps of `ctx.once` to raise: surely nothing has happened, it may be begun again."""
+
+    code = "agent.step_not_done"
+
+
+class StepTooLargeError(AgentError):
+    """A step of `ctx.once` is done, but what it returned is too large to be kept; not tried again."""
+
+    code = "agent.step_too_large"
 
 
 class StateTooLargeError(AgentError):

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import traceback
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -38,11 +37,19 @@ import orjson
 from foundation_nats.agent.agent import Agent, start_arguments
 from foundation_nats.agent.context import Emission
 from foundation_nats.agent.emissions import answer, expired, outbox_items
-from foundation_nats.agent.handling import Handling, handlings, unhandled, validated
+from foundation_nats.agent.failing import handler_error
+from foundation_nats.agent.handling import (
+    Handling,
+    handlings,
+    is_notice,
+    unhandled,
+    validated,
+)
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.agent.signal import Signal
-from foundation_nats.agent.state import dump_state, load_state
+from foundation_nats.agent.state import dump_state, restore_state
+from foundation_nats.agent.steps import StepLedger, cause_of
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.bus.rpc import REPLY_PREFIX, error_body, to_json
@@ -60,6 +67,8 @@ from foundation_nats.errors import (
     PayloadTooLargeError,
     StateInvalidError,
     StateTooLargeError,
+    StepInDoubtError,
+    StepTooLargeError,
     UnhandledSignalError,
 )
 from foundation_nats.node.blackbox import STARTING
@@ -73,6 +82,8 @@ _UNCOMMITTED_MAX = 256
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
 _REASON_MAX = 1000
+_HOPELESS = (StepInDoubtError, StepTooLargeError)
+"""To try again would end the same way."""
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""
 
@@ -103,8 +114,11 @@ class _Rewind:
     """The item behind all that was taken in before the stream went back."""
 
 
-class _Abandon(Exception):
-    """The activation ends here; what is in hand is left to its successor."""
+class _Abandon(BaseException):
+    """The activation ends here; what is in hand is left to its successor.
+
+    No handler shall take it for an error of its own.
+    """
 
 
 class Activation:
@@ -152,6 +166,7 @@ class Activation:
         "skip",
         "starting",
         "state_json",
+        "step_ledger",
         "stopped",
         "stopping",
         "task",
@@ -174,6 +189,7 @@ class Activation:
         outbox: list[OutboxItem],
         recovered: RecoveredFrom | None,
         skip: list[int],
+        steps: StepLedger | None = None,
     ) -> None:
         self.runtime = runtime
         # The record itself would cost each idle agent two kilobytes.
@@ -211,6 +227,8 @@ class Activation:
         """The highest sequence heard of; catching up goes on until it is reached."""
         self.skip = skip
         """Signals beyond the cursor that were given to another agent (`signaling/rerouter.py`)."""
+        self.step_ledger = steps
+        agent.ctx._home = self
         self.commit_no = commit_no
         self.revision = revision
         self.salt = salt
@@ -288,14 +306,14 @@ class Activation:
             return
         self._put(_Ask(message.reply, message.data))
 
-    def _refuse(self, reply: str) -> None:
+    def _refuse(self, reply: str, *, sure: bool = True) -> None:
         """Say that nothing was handled: here, and, as long as our right holds, anywhere."""
         error = AgentUnavailableError(
             f"{self.id} may not answer on {self.runtime.node} now: "
             "the node is stopping, or not sure that it still holds the agent.",
             hint="Ask again.",
             refused=self.epoch,
-            sure=self.runtime.is_valid(),
+            sure=sure and self.runtime.is_valid(),
         )
         self._send_reply(reply, orjson.dumps(error_body(error)))
 
@@ -423,10 +441,10 @@ class Activation:
             raise
         except Exception as error:
             self.runtime.log.warning("on_start failed", agent=self.id, exc_info=error)
-            raise HandlerError(
-                f"on_start raised {type(error).__name__}: {error}", traceback=_trace(error)
-            ) from error
+            raise handler_error(error, "on_start raised ") from error
         self._effects(state, seed=f"start-{self.epoch}")
+        if self.step_ledger is not None and self.step_ledger.settle(f"start-{self.epoch}"):
+            self.dirty = True
         self.starting = False
         if self.dirty:
             # Running means that what on_start did is stored.
@@ -446,9 +464,7 @@ class Activation:
         except TimeoutError:
             raise HandlerError(f"It was not ready within {timeout:g} s.") from None
         except Exception as error:
-            raise HandlerError(
-                f"ready raised {type(error).__name__}: {error}", traceback=_trace(error)
-            ) from error
+            raise handler_error(error, "ready raised ") from error
 
     async def _follow_stream(self) -> None:
         """Commit the cursor just before the first signal that is new, and read on from there."""
@@ -491,8 +507,8 @@ class Activation:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._bury(item, None, _malformed(item.data, error), attempts=1)
             return
-        handling = self._handlings.get(signal_type)
-        if handling is None and not signal_type.startswith("cluster."):
+        handling = self._handlings.find(signal_type, body)
+        if handling is None and not is_notice(signal_type):
             self._bury(item, body, self._unhandled(signal_type), attempts=1)
             return
         try:
@@ -528,11 +544,13 @@ class Activation:
                     attempt,
                     self.emitted - before,
                 )
+                if self.step_ledger is not None:
+                    self.step_ledger.settle(cause_of(source, signal_id))
                 self._advance(item)
                 return
             if isinstance(failure, StateTooLargeError):
                 raise failure
-            if attempt >= self.runtime.attempts_max:
+            if attempt >= self.runtime.attempts_max or isinstance(failure, _HOPELESS):
                 self._bury(item, body, failure, attempts=attempt)
                 return
             self.commit()
@@ -568,7 +586,7 @@ class Activation:
                 self.agent.ctx._emissions += answer(reply_to, {"ok": result})
             self._effects(self._checked_state(), seed=str(signal.sequence), signal=signal)
             return None
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, _Abandon):
             self._roll_back()
             raise
         except FoundationError as error:
@@ -576,7 +594,7 @@ class Activation:
             return error
         except Exception as error:
             self._roll_back()
-            return HandlerError(f"{type(error).__name__}: {error}", traceback=_trace(error))
+            return handler_error(error)
 
     async def _call(self, handling: Handling | None, signal: Signal[Any]) -> Any:
         failpoint("handle.before")
@@ -584,7 +602,11 @@ class Activation:
         agent.ctx._begin(signal)
         timeout = self.runtime.handler_timeout_s
         sequence = signal.sequence or 0
+        if handling is not None and handling.timeout is not None:
+            timeout = handling.timeout
         if handling is None:
+            if not signal.type.startswith("cluster."):
+                return None
             result = await self._observed(agent.handle_cluster_signal(signal), sequence)
         elif not handling.is_async:
             result = self.runtime.blackbox.call(
@@ -620,7 +642,7 @@ class Activation:
         return state
 
     def _roll_back(self) -> None:
-        self.agent.state = load_state(self._kind, self.state_json)
+        self.agent.state = restore_state(self.agent.state, self.state_json)
         self.agent.ctx._emissions = []
 
     def _effects(self, state: bytes, *, seed: str, signal: Signal[Any] | None = None) -> None:
@@ -762,12 +784,13 @@ class Activation:
             self._send_reply(item.reply, orjson.dumps(error_body(_malformed(item.data, error))))
             return
         signal_type = body["type"]
-        handling = self._handlings.get(signal_type)
+        handling: Handling | None = None
         result: Any = None
         failure: FoundationError | None = None
         before = self.state_json, len(self.outbox)
         try:
-            if handling is None and not signal_type.startswith("cluster."):
+            handling = self._handlings.find(signal_type, body)
+            if handling is None and not is_notice(signal_type):
                 raise self._unhandled(signal_type)
             if (late := expired(self.id, body)) is not None:
                 raise late
@@ -784,14 +807,18 @@ class Activation:
             self._effects(
                 self._checked_state(), seed=f"ask-{self.epoch}-{self.emitted}", signal=signal
             )
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, _Abandon):
             self._roll_back()
-            self._refuse(item.reply)
+            self._refuse(item.reply, sure=not self.step_ledger)
             raise
         except FoundationError as error:
             failure = error
         except Exception as error:
-            failure = HandlerError(f"{type(error).__name__}: {error}", traceback=_trace(error))
+            failure = handler_error(error)
+        if self.step_ledger is not None and self.step_ledger.settle(
+            cause_of(body["source"], body["id"])
+        ):
+            self.dirty = True
         if failure is not None:
             self._roll_back()
             reply = orjson.dumps(error_body(failure))
@@ -847,6 +874,8 @@ class Activation:
             attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
             outbox_since=self.recovered_at if self.recovering else "",
             skip=self.skip,
+            steps=self.step_ledger,
+            schema_version=self._kind.version,
         )
         self.commit_no += 1
         self.in_flight = [payload, self.cursor, items, self._awaiting]
@@ -907,6 +936,21 @@ class Activation:
         self.runtime.committed(self)
         self.runtime.commit_next()
         self.resume()
+
+    @property
+    def steps(self) -> StepLedger:
+        """What was begun and done outside, until its signal has taken effect."""
+        if self.step_ledger is None:
+            self.step_ledger = StepLedger(bytes_max=self.runtime.steps_max_bytes)
+        return self.step_ledger
+
+    async def store_steps(self) -> None:
+        """Store the ledger, in the middle of a handler: with the state as it was before that."""
+        self.dirty = True
+        await self._wait_committed()
+        if not self.runtime.is_valid():
+            self.runtime.park(self)
+            raise _Abandon
 
     async def _wait_committed(self) -> None:
         while self.dirty or self.in_flight is not None:
@@ -1067,7 +1111,7 @@ class Activation:
                 async with asyncio.timeout(5):
                     await self.agent.on_stop(self.stopping)
                 self._effects(self._checked_state(), seed=f"stop-{self.epoch}")
-            except Exception as error:
+            except (Exception, _Abandon) as error:
                 self.runtime.log.warning("on_stop failed", agent=self.id, exc_info=error)
                 self._roll_back()
             self.starting = True  # on_stop runs once
@@ -1137,8 +1181,3 @@ def _malformed(data: bytes, error: Exception) -> PayloadInvalidError:
     return PayloadInvalidError(
         f"Not a CloudEvents 1.0 envelope in JSON: {type(error).__name__}: {str(error)[:200]}."
     )
-
-
-def _trace(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
-    return text[-_TRACEBACK_MAX:]

@@ -16,13 +16,27 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, ClassVar, TypeVar
 
+from pydantic import BaseModel
+
 from foundation_nats.agent.context import Context, Emission, as_target, checked_type, freeze
-from foundation_nats.agent.signal import Signal
+from foundation_nats.agent.handling import on
+from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.state import State
 from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import deadline_text
 from foundation_schemas import RecoveredFrom, Subscription, SubscriptionMode, Target
 from foundation_schemas.base import is_name
+
+
+class Verdict(BaseModel):
+    """What a person says of a step in doubt."""
+
+    key: str
+    signal: str | None = None
+    """The id of the signal that the step belongs to."""
+    done: bool
+    result: Any = None
+    """What the step would have returned."""
 
 
 class Agent:
@@ -50,14 +64,17 @@ class Agent:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        seen: dict[str, str] = {}
+        seen: dict[tuple[str, int], str] = {}
         for name, member in vars(cls).items():
-            for type_ in getattr(member, "__foundation_on__", ()):
-                if type_ in seen:
+            for mark in getattr(member, "__foundation_on__", ()):
+                if mark.when is not None:
+                    continue
+                key = mark.type, mark.priority
+                if key in seen:
                     raise ConfigError(
-                        f"{cls.__qualname__}: both {seen[type_]} and {name} handle {type_!r}"
+                        f"{cls.__qualname__}: both {seen[key]} and {name} handle {mark.type!r}"
                     )
-                seen[type_] = name
+                seen[key] = name
         if not (isinstance(cls.State, type) and issubclass(cls.State, State)):
             raise ConfigError(
                 f"{cls.__qualname__}.State must be a subclass of foundation_nats.State"
@@ -78,7 +95,7 @@ class Agent:
 
     def emit(
         self,
-        type: str,
+        type: str | Payload,
         data: Any = None,
         *,
         to: str | Target,
@@ -92,10 +109,13 @@ class Agent:
         *deadline*, it is not handled any more; ``deadline=signal.deadline`` hands on that of
         the signal in hand.
 
+        *type* may be a `Payload`, which is type and data in one.
+
         Raises:
             ValueError: *to* is no target, or *ttl* is not positive.
             TypeError: *data* is not JSON.
         """
+        type, data = typed(type, data)
         until = deadline_text(self.ctx.now(), ttl=ttl, deadline=deadline)
         self.ctx._emissions.append(Emission(as_target(to), checked_type(type), freeze(data), until))
 
@@ -121,6 +141,12 @@ class Agent:
 
     async def handle_cluster_signal(self, signal: Signal[Any]) -> Any:
         """Called for signals of type ``cluster.*`` that have no handler of their own."""
+
+    @on("foundation.step.resolve")
+    async def _on_step_resolve(self, signal: Signal[Verdict]) -> None:
+        """A person has found out about a step in doubt."""
+        found = signal.data
+        self.ctx._resolve_step(found.key, found.signal, done=found.done, result=found.result)
 
 
 def start_arguments(cls: type[Agent], recovered: RecoveredFrom | None) -> dict[str, Any]:

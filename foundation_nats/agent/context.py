@@ -18,7 +18,17 @@ import orjson
 
 from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
 from foundation_nats.agent.signal import Signal
+from foundation_nats.agent.steps import (
+    Doubt,
+    Idempotent,
+    StepHome,
+    cause_of,
+    check_once,
+    once,
+    resolve,
+)
 from foundation_nats.bus.rpc import to_json
+from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import Timer, check_timer_name, timer_of
 from foundation_schemas import Target
 
@@ -50,6 +60,7 @@ class Context:
         "_emissions",
         "_gauges",
         "_guards",
+        "_home",
         "_keys",
         "_stop_reason",
         "agent_id",
@@ -79,6 +90,7 @@ class Context:
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
         self._guards: Guards | None = None
+        self._home: StepHome | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -100,6 +112,74 @@ class Context:
         """Randomness that repeats at every retry of the signal in hand."""
         cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
         return random.Random(f"{self.agent_id}.{cause}")
+
+    async def once(
+        self,
+        key: str,
+        function: Callable[..., Any],
+        *args: Any,
+        on_doubt: str = Doubt.RERUN,
+        verify: Callable[..., Any] | None = None,
+        returns: Any = None,
+        scope: str = "signal",
+    ) -> Any:
+        """Do something outside NATS that must not be repeated: ``await self.ctx.once("pay", pay, 5)``.
+
+        Before *function* is called, ``pending`` is stored in the agent's record; after it,
+        ``done`` with what it returned. When the handler is tried again, on whatever node, a step
+        that is done returns what is stored. One that is pending was interrupted, or has raised:
+        then *on_doubt* says what to do.
+
+        It is called with *args*, and with ``idempotency_key=`` if it takes that: the same at each
+        attempt, for the other side to recognise a repeat by. A plain function runs in a thread.
+        Steps of one handler may run side by side (``asyncio.gather``); their keys must differ.
+
+        Args:
+            on_doubt: ``rerun``: call it again. ``verify``: call *verify* with the same arguments,
+                which returns the result, or raises `StepNotDoneError`. ``fail``: the signal becomes
+                a dead letter, for a person to look (`foundation steps`).
+            returns: the type of the result; None: as *function* is annotated, else plain JSON.
+            scope: ``signal``: forgotten when the signal in hand has taken effect. ``agent``: until
+                `forget`; the key is then unique for all the agent does.
+
+        Raises:
+            StepInDoubtError: with ``fail``, and it is not known whether it was done.
+            StepTooLargeError: it is done, and its result can't be kept.
+            ConfigError: an argument is wrong, or what it returned is no JSON.
+
+        What *function* raises is raised. If it is sure that nothing happened it raises
+        `StepNotDoneError`, and the step is as if it had never begun. To cancel leaves it pending.
+        """
+        policy = check_once(key, on_doubt, verify, scope)
+        cause = "" if scope == "agent" else self._step_cause
+        name = Idempotent(self.agent_id, cause, key)
+        return await once(
+            self._steps_home, name, function, args, on_doubt=policy, verify=verify, returns=returns
+        )
+
+    async def forget(self, key: str) -> bool:
+        """Drop a step of ``scope="agent"``, so that it may be done again; whether there was one."""
+        home = self._steps_home
+        found = home.steps.forget("", key)
+        if found:
+            await home.store_steps()
+        return found
+
+    @property
+    def _steps_home(self) -> StepHome:
+        if self._home is None:
+            raise ConfigError("a step can only be done by a handler of a running agent")
+        return self._home
+
+    @property
+    def _step_cause(self) -> str:
+        signal = self.signal
+        if signal is None:
+            return f"start-{self.epoch}"
+        return cause_of(signal.source, signal.id)
+
+    def _resolve_step(self, key: str, signal: str | None, *, done: bool, result: Any) -> None:
+        resolve(self._steps_home.steps, key, signal, done=done, result=result)
 
     async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
         """Run a blocking function in a thread, so that other agents go on."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
 
 from foundation_nats.agent.agent import Agent, provided, subscribed
 from foundation_nats.agent.handling import handlings
 from foundation_nats.agent.state import dump_state, first_state
+from foundation_nats.base import frames
 from foundation_nats.errors import ConfigError, FoundationError
 from foundation_schemas import ClassInfo
 
@@ -66,10 +66,9 @@ def load_class(run: str) -> type[Agent]:
         # A worker that imports it for a claim would end, and the next one, and the node.
         raise ConfigError(f"{run}: importing it exits ({error})") from error
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"{run}: importing {module_name!r} failed: {type(error).__name__}: {error} "
-            f"({where.filename}:{where.lineno})"
+            f"{run}: importing {module_name!r} failed: {frames.summary(error)}",
+            traceback=frames.trace(error),
         ) from error
     for part in class_name.split("."):
         found = getattr(found, part, None)
@@ -100,7 +99,7 @@ def describe(run: str) -> ClassInfo:
         durable=cls.durable,
         critical=cls.critical,
         doc=(cls.__doc__ or "").strip().split("\n")[0] or None,
-        handles=sorted(handlings(cls)),
+        handles=handlings(cls).types(),
         labels=dict(cls.labels),
         subscribe=subscribed(cls),
     )

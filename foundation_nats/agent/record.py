@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from foundation_nats.agent.steps import StepLedger
 from foundation_nats.errors import StateInvalidError
 from foundation_schemas import StateRecord
 
@@ -49,6 +50,8 @@ def encode_record(
     attempt: tuple[int, int] | None = None,
     outbox_since: str = "",
     skip: Sequence[int] = (),
+    steps: StepLedger | None = None,
+    schema_version: int = 1,
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
     body: dict[str, Any] = {
@@ -59,7 +62,7 @@ def encode_record(
         "cursor": cursor,
         "mark": mark,
         "run": run,
-        "schema_version": 1,
+        "schema_version": schema_version,
         "state": orjson.Fragment(state),
         "salt": salt,
         "emitted": emitted,
@@ -79,6 +82,8 @@ def encode_record(
         body["outbox_since"] = outbox_since
     if skip:
         body["skip"] = skip
+    if steps:
+        body["steps"] = steps.encoded()
     return orjson.dumps(body)
 
 
@@ -98,10 +103,10 @@ def decode_record(agent: str, value: bytes) -> StateRecord:
             "nothing was overwritten.",
             hint="Restore it, or delete the key in the state bucket to begin anew.",
         ) from error
-    if record.v != 1 or record.schema_version != 1:
+    if record.v != 1:
         raise StateInvalidError(
-            f"The stored record of {agent} has version {record.v}.{record.schema_version}, "
-            "which this release does not know; nothing was overwritten.",
+            f"The stored record of {agent} has version {record.v}, which this release does not "
+            "know; nothing was overwritten.",
             hint="Run the release that wrote it, or a newer one.",
         )
     return record

@@ -39,6 +39,7 @@ from foundation_nats.agent.pool import RunnerPool
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
 from foundation_nats.agent.state import dump_state, first_state, load_state
+from foundation_nats.agent.steps import StepLedger
 from foundation_nats.agent.trace import Trace
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
@@ -114,6 +115,7 @@ class Runtime:
         self.outbox_max = config.mailbox.outbox_max
         self.state_max_bytes = config.mailbox.state_max_bytes
         self.emit_max_bytes = config.mailbox.emit_max_bytes
+        self.steps_max_bytes = config.mailbox.steps_max_bytes
         self.outbox_max_bytes = config.mailbox.emit_max_bytes * 3 // 4
         self.attempts_max = config.mailbox.attempts_max
         self.handler_timeout_s = config.worker.handler_timeout_s
@@ -380,7 +382,7 @@ class Runtime:
         if stored is None or stored.state is None:
             agent.state = first_state(cls.State)
         else:
-            agent.state = load_state(cls.State, stored.state)
+            agent.state = load_state(cls.State, stored.state, version=stored.schema_version)
             outbox = [
                 OutboxItem(item.subject, item.msg_id, orjson.dumps(item.body), item.headers)
                 for item in stored.outbox
@@ -400,6 +402,9 @@ class Runtime:
             outbox=outbox,
             recovered=recovered if stored or not agent.durable else None,
             skip=stored.skip if stored else [],
+            steps=StepLedger(stored.steps, bytes_max=self.steps_max_bytes)
+            if stored and stored.steps
+            else None,
         )
         if stored is not None and outbox:
             # A claim rewrites the record: what it found in the outbox is as old as before.
@@ -427,6 +432,8 @@ class Runtime:
             attempt=self.attempts.get(record.id) if attempt is not None else None,
             outbox_since=activation.recovered_at,
             skip=activation.skip,
+            steps=activation.step_ledger,
+            schema_version=cls.State.version,
         )
         return activation, payload
 

@@ -1,4 +1,4 @@
-"""`Signal`: one signal as a handler sees it.
+"""`Signal`: one signal as a handler sees it; `Payload`: data that knows its signal's type.
 
 Pure.
 """
@@ -6,11 +6,53 @@ Pure.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+from pydantic import BaseModel
+
+from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import read_time
 
 T = TypeVar("T")
+
+
+class Payload(BaseModel):
+    """The data of one type of signal, which knows that type.
+
+    Such a class stands for its type in `on`, and an instance for type and data in ``emit``,
+    ``send`` and ``ask``.
+
+    Example:
+        >>> class Add(Payload, type="counter.add"):
+        ...     amount: int
+    """
+
+    signal_type: ClassVar[str] = ""
+
+    def __init_subclass__(cls, *, type: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if type is not None:
+            if not type or "*" in type or any(c.isspace() for c in type):
+                raise ConfigError(f"{cls.__qualname__}: {type!r} is not a signal type")
+            cls.signal_type = type
+
+
+def typed(type: str | Payload, data: Any) -> tuple[str, Any]:
+    """Type and data of a signal, from what was given for both.
+
+    Raises:
+        ConfigError: a `Payload` with further data, or one that knows no type.
+    """
+    if isinstance(type, str):
+        return type, data
+    if data is not None:
+        raise ConfigError(f"{type!r} is the data already")
+    if not type.signal_type:
+        raise ConfigError(
+            f"{type.__class__.__qualname__} has no signal type: "
+            f"class {type.__class__.__qualname__}(Payload, type='…')"
+        )
+    return type.signal_type, type
 
 
 class Signal(Generic[T]):

@@ -6,35 +6,43 @@ after every signal, emitted signals leave only with the state that caused them, 
 known id has no second effect, and a crash loses what was not stored. So a test that passes here
 passes on a cluster, as far as one agent alone can tell.
 
-Not here: other agents, placement, time-outs, limits of size, and what only processes can do to
-each other. Retries don't wait.
+Time stands still but for `advance`, which fires timers. Not here: other agents, placement,
+time-outs, limits of size, and what only processes can do to each other. Retries don't wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from secrets import token_hex
 from typing import Any, Generic, TypeVar
 
 import orjson
 
 from foundation_nats.agent.agent import Agent, start_arguments
-from foundation_nats.agent.context import Context
-from foundation_nats.agent.handling import handlings, unhandled, validated
-from foundation_nats.agent.signal import Signal
-from foundation_nats.agent.state import dump_state, first_state, load_state
+from foundation_nats.agent.context import Context, Emission
+from foundation_nats.agent.failing import handler_error
+from foundation_nats.agent.handling import handlings, is_notice, unhandled, validated
+from foundation_nats.agent.signal import Payload, Signal, typed
+from foundation_nats.agent.state import dump_state, first_state, load_state, restore_state
+from foundation_nats.agent.steps import StepLedger
 from foundation_nats.base.clock import utc_text
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import (
     AgentUnavailableError,
+    AskTimeoutError,
     FoundationError,
     HandlerError,
     PayloadInvalidError,
+    StepInDoubtError,
+    StepTooLargeError,
     UnhandledSignalError,
 )
-from foundation_schemas import RecoveredFrom
+from foundation_nats.signaling.schedules import Timer
+from foundation_schemas import RecoveredFrom, StepRecord, StepStatus
 
 A = TypeVar("A", bound=Agent)
 _ATTEMPTS = 4
@@ -72,7 +80,77 @@ class _Stored:
     """What the store would hold."""
 
     state: bytes
+    version: int = 1
     applied: set[str] = field(default_factory=set)
+    steps: bytes = b"[]"
+    timers: dict[str, _Armed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Armed:
+    """A timer that the broker would hold."""
+
+    timer: Timer
+    target: str
+    type: str
+    data: Any
+    cause: str | None
+
+
+class CrashPoint(StrEnum):
+    """Where in a step of `ctx.once` an activation can be made to end."""
+
+    BEGUN = "begun"
+    """It is stored as pending; nothing has happened yet."""
+    HAPPENED = "happened"
+    """Its effect has happened, and nobody knows."""
+    DONE = "done"
+    """It is stored as done; the handler goes no further."""
+
+
+class _Crashed(BaseException):
+    """The activation is gone in the middle of a handler."""
+
+
+class _Home:
+    """Keeps the step ledger of one activation; see `StepHome`."""
+
+    def __init__(self, stored: _Stored, crashes: dict[str, CrashPoint]) -> None:
+        self._stored = stored
+        self._crashes = crashes
+        self.steps = StepLedger(
+            StepRecord.model_validate(item) for item in orjson.loads(stored.steps)
+        )
+
+    def save(self) -> None:
+        """Store the ledger together with what else is stored."""
+        self._stored.steps = orjson.dumps(self.steps.encoded())
+
+    async def store_steps(self) -> None:
+        point = next(
+            (
+                (key, wanted)
+                for key, wanted in self._crashes.items()
+                for step in self.steps.find(key, None)
+                if (step.status is StepStatus.PENDING) == (wanted is CrashPoint.BEGUN)
+            ),
+            None,
+        )
+        if point is None or point[1] is not CrashPoint.HAPPENED:
+            self.save()
+        if point is not None:
+            del self._crashes[point[0]]
+            raise _Crashed
+
+
+class _Context(Context):
+    """With the harness's clock."""
+
+    __slots__ = ("_clock",)
+    _clock: Callable[[], datetime]
+
+    def now(self) -> datetime:
+        return self._clock()
 
 
 class AgentHarness(Generic[A]):
@@ -103,7 +181,10 @@ class AgentHarness(Generic[A]):
         self._config = config
         self._handlings = handlings(cls)
         first = first_state(cls.State) if state is None else load_state(cls.State, state)
-        self._stored = _Stored(dump_state(first))
+        self._stored = _Stored(dump_state(first), cls.State.version)
+        self._crashes: dict[str, CrashPoint] = {}
+        self.now = datetime.now(UTC)
+        """The agent's clock, which stands still but for `advance`."""
         self._epoch = 0
         self._agent: A | None = None
         self._sequence = 0
@@ -125,13 +206,18 @@ class AgentHarness(Generic[A]):
         self._epoch += 1
         self.stopped = None
         agent = self._cls()
-        agent.ctx = Context(self._id, config=self._config, node="test", epoch=self._epoch)
+        agent.ctx = context = _Context(
+            self._id, config=self._config, node="test", epoch=self._epoch
+        )
+        context._clock = lambda: self.now
+        context._home = self._home = _Home(self._stored, self._crashes)
         if not agent.durable and self._epoch > 1:
             self._stored.state = dump_state(first_state(self._cls.State))
         agent.state = load_state(self._cls.State, self._stored.state)
         agent.ctx._begin(None)
         try:
             await agent.on_start(**start_arguments(self._cls, recovered_from))
+            self._home.steps.settle(agent.ctx._step_cause)
             self._commit(agent, None)
             for _ in range(_READY_TRIES):
                 if await agent.ready():
@@ -142,7 +228,7 @@ class AgentHarness(Generic[A]):
         except FoundationError:
             raise
         except Exception as error:
-            raise HandlerError(f"on_start raised {type(error).__name__}: {error}") from error
+            raise handler_error(error, "on_start raised ") from error
         self._agent = agent
 
     async def stop(self, reason: str = "stopped") -> None:
@@ -160,6 +246,34 @@ class AgentHarness(Generic[A]):
         self._running()
         self._agent = None
         await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="worker_died"))
+
+    def crash_in_step(self, key: str, point: CrashPoint | str = CrashPoint.HAPPENED) -> None:
+        """Let the next step *key* of `ctx.once` end the activation at *point*.
+
+        It recovers as a cluster would: the signal in hand is delivered again, a question is not.
+        """
+        self._crashes[key] = CrashPoint(point)
+
+    async def advance(self, seconds: float) -> None:
+        """Let time pass: timers that come due are fired, in order, each at its moment.
+
+        Those to the agent itself are delivered as signals, others are in `emitted`.
+        """
+        end = self.now + timedelta(seconds=seconds)
+        while self._stored.timers:
+            name, armed = min(self._stored.timers.items(), key=lambda item: item[1].timer.due)
+            if armed.timer.due > end:
+                break
+            self.now = max(self.now, armed.timer.due)
+            del self._stored.timers[name]
+            if armed.timer.repeats:
+                timer = replace(armed.timer, due=armed.timer.after(armed.timer.due))
+                self._stored.timers[name] = replace(armed, timer=timer)
+            if armed.target == f"agent:{self._id}" and self._agent is not None:
+                await self.send(armed.type, armed.data, source=f"agent:{self._id}")
+            else:
+                self.emitted.append(Emitted(armed.type, armed.data, armed.target, armed.cause))
+        self.now = end
 
     async def __aenter__(self) -> AgentHarness[A]:
         await self.start()
@@ -181,6 +295,11 @@ class AgentHarness(Generic[A]):
         """What is stored: a copy of the agent's `State`, also while it does not run."""
         return load_state(self._cls.State, self._stored.state)
 
+    @property
+    def steps(self) -> list[StepRecord]:
+        """What is stored of its steps (`ctx.once`): those of signals that did not take effect yet."""
+        return [StepRecord.model_validate(item) for item in orjson.loads(self._stored.steps)]
+
     def _running(self) -> A:
         if self._agent is None:
             raise AgentUnavailableError(f"Agent {self._id} is not running.", id=self._id)
@@ -189,13 +308,19 @@ class AgentHarness(Generic[A]):
     # ---- signals ----------------------------------------------------------------
 
     async def send(
-        self, type: str, data: Any = None, *, id: str | None = None, source: str = "client:test"
+        self,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        id: str | None = None,
+        source: str = "client:test",
     ) -> bool:
         """Deliver a durable signal: its effects are stored, or it is in `dead`.
 
         Returns whether it took effect; False for a repeated *id*, and for a dead letter.
         """
-        agent = self._running()
+        self._running()
+        type, data = typed(type, data)
         signal_id = id or token_hex(8)
         if signal_id in self._stored.applied:
             return False
@@ -207,9 +332,24 @@ class AgentHarness(Generic[A]):
             attempt += 1
             try:
                 await self._handle(
-                    agent, type, data, signal_id, source, sequence=self._sequence, attempt=attempt
+                    self._running(),
+                    type,
+                    data,
+                    signal_id,
+                    source,
+                    sequence=self._sequence,
+                    attempt=attempt,
                 )
-            except (UnhandledSignalError, PayloadInvalidError) as found:
+            except _Crashed:
+                self._agent = None
+                await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="crashed"))
+                attempt = 0
+            except (
+                UnhandledSignalError,
+                PayloadInvalidError,
+                StepInDoubtError,
+                StepTooLargeError,
+            ) as found:
                 error = found
                 break
             except FoundationError as found:
@@ -221,14 +361,22 @@ class AgentHarness(Generic[A]):
         self.dead.append(Dead(signal_id, type, error, attempt))
         return False
 
-    async def ask(self, type: str, data: Any = None, *, source: str = "client:test") -> Any:
+    async def ask(
+        self, type: str | Payload, data: Any = None, *, source: str = "client:test"
+    ) -> Any:
         """Ask, and return the reply as the asker gets it: as JSON, after the effects are stored.
 
         Raises:
             UnhandledSignalError, PayloadInvalidError, HandlerError: as `Cluster.ask` does.
             StateInvalidError: the handler left a state that does not fit; nothing was kept.
         """
-        result = await self._handle(self._running(), type, data, token_hex(8), source)
+        type, data = typed(type, data)
+        try:
+            result = await self._handle(self._running(), type, data, token_hex(8), source)
+        except _Crashed:
+            self._agent = None
+            await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="crashed"))
+            raise AskTimeoutError(f"{self._id} crashed while it was asked.") from None
         await self._stop_itself()
         return orjson.loads(to_json(result))
 
@@ -243,15 +391,16 @@ class AgentHarness(Generic[A]):
         sequence: int = 0,
         attempt: int = 1,
     ) -> Any:
-        handling = self._handlings.get(type_)
-        if handling is None and not type_.startswith("cluster."):
+        # As it comes over the wire: models become plain values, what is no JSON is refused.
+        data = orjson.loads(to_json(data))
+        handling = self._handlings.find(type_, {"id": id, "source": source, "data": data})
+        if handling is None and not is_notice(type_):
             raise unhandled(self._cls, self._id, type_)
         signal: Signal[Any] = Signal(
             id=id,
             source=source,
             type=type_,
-            # As it comes over the wire: models become plain values, what is no JSON is refused.
-            data=validated(handling, type_, orjson.loads(to_json(data))),
+            data=validated(handling, type_, data),
             time=utc_text(),
             sequence=sequence,
             attempt=attempt,
@@ -259,23 +408,26 @@ class AgentHarness(Generic[A]):
         agent.ctx._begin(signal)
         try:
             if handling is None:
-                result = await agent.handle_cluster_signal(signal)
+                is_cluster = type_.startswith("cluster.")
+                result = await agent.handle_cluster_signal(signal) if is_cluster else None
             elif handling.is_async:
                 result = await handling.function(agent, signal)
             else:
                 result = handling.function(agent, signal)
+            self._home.steps.settle(agent.ctx._step_cause)
             self._commit(agent, signal)
         except BaseException as error:
-            agent.state = load_state(self._cls.State, self._stored.state)
+            agent.state = restore_state(agent.state, self._stored.state)
             agent.ctx._emissions = []
             if isinstance(error, FoundationError) or not isinstance(error, Exception):
                 raise
-            raise HandlerError(f"{type(error).__name__}: {error}") from error
+            raise handler_error(error) from error
         return result
 
     def _commit(self, agent: A, signal: Signal[Any] | None) -> None:
         """Store the state and let what was emitted go, together."""
         self._stored.state = dump_state(agent.state)
+        self._home.save()
         # As the next activation would read it: what does not survive JSON shows at once.
         load_state(self._cls.State, self._stored.state)
         self.emitted += [
@@ -289,7 +441,23 @@ class AgentHarness(Generic[A]):
             )
             for emission in agent.ctx._emissions
         ]
+        for emission in agent.ctx._emissions:
+            self._arm(emission, signal)
         agent.ctx._emissions = []
+
+    def _arm(self, emission: Emission, signal: Signal[Any] | None) -> None:
+        timer = emission.timer
+        if timer is None:
+            return
+        self._stored.timers.pop(emission.name, None)
+        if not timer.is_cancel:
+            self._stored.timers[emission.name] = _Armed(
+                timer,
+                str(emission.target),
+                emission.type,
+                orjson.loads(orjson.dumps(emission.data)),
+                None if signal is None else signal.id,
+            )
 
     async def _stop_itself(self) -> None:
         reason = self._running().ctx._stop_reason
@@ -304,4 +472,4 @@ class AgentHarness(Generic[A]):
         return taken
 
 
-__all__ = ["AgentHarness", "Dead", "Emitted"]
+__all__ = ["AgentHarness", "CrashPoint", "Dead", "Emitted"]

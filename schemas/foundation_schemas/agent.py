@@ -263,6 +263,29 @@ class Writer(WireModel):
     worker: str
 
 
+class StepStatus(StrEnum):
+    """How far a step of `ctx.once` is known to be."""
+
+    PENDING = "pending"
+    """It was begun; done or not, nobody here knows."""
+    DONE = "done"
+
+
+class StepRecord(WireModel):
+    """A step outside NATS that must not be repeated: see `agent/steps.py`."""
+
+    cause: str = ""
+    """Source and id of the signal it belongs to; empty: the agent itself."""
+    key: str
+    status: StepStatus
+    at: str
+    """Since when, UTC."""
+    attempts: int = 1
+    result: Any = None
+    lost: bool = False
+    """It is done, and its result was too large to be kept."""
+
+
 class StateRecord(WireModel):
     """State, cursor and outbox of one agent: the unit of commit."""
 
@@ -286,5 +309,7 @@ class StateRecord(WireModel):
     """The server's time of the record that first held this outbox, while it is being recovered."""
     skip: list[int] = Field(default_factory=list)
     """Signals beyond the cursor that were given to another agent: see `signaling/rerouter.py`."""
+    steps: list[StepRecord] = Field(default_factory=list)
+    """What was begun and done outside, until its signal has taken effect."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

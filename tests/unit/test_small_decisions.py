@@ -169,9 +169,13 @@ class Derived(Base):
 
 def test_declarations_are_checked_when_they_are_made() -> None:
     """Handlers by type, overriding, hooks by the names they take, and mistakes."""
-    assert set(handlings(Derived)) == {"one", "two"}
-    assert handlings(Derived)["one"].function is Derived.one
-    assert handlings(Derived)["two"].is_async is False
+    routes = handlings(Derived)
+    assert routes.types() == ["one", "two"]
+    one, two = routes.find("one", {}), routes.find("two", {})
+    assert one is not None
+    assert one.function is Derived.one
+    assert two is not None
+    assert two.is_async is False
     recovered = RecoveredFrom(node="n", epoch=1, reason="node_down")
     assert start_arguments(Derived, recovered) == {"recovered": recovered}
     assert start_arguments(Base, None) == {"recovered_from": None}
