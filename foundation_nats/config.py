@@ -184,12 +184,18 @@ class WorkerConfig(_Section):
     stop_timeout_s: float = 10.0
     drain_timeout_s: float = Field(default=20.0, ge=0)
     """How long a node that is told to end takes to move its agents away before it stops the rest."""
+    threads_max: int = Field(default=32, ge=1)
+    """Calls of `ctx.run_blocking` that one worker runs at a time; more wait."""
+    processes_max: int | None = Field(default=None, ge=1)
+    """Processes of one worker for `ctx.run_process`; None: one per core."""
     handler_timeout_s: float | None = None
     """A handler that takes longer is cancelled and counts as failed; None: no limit."""
     ready_timeout_s: float = 20.0
     """How long an agent may take from `on_start` to `ready`; below `control.start_timeout_s`."""
-    hang_after_s: float = 10.0
-    """A worker whose event loop answers no ping for this long is killed and restarted."""
+    block_warn_s: float | None = Field(default=0.5, gt=0)
+    """A handler that keeps the event loop for this long is named, with what it is doing; None: never."""
+    hang_after_s: float | None = Field(default=10.0, gt=0)
+    """A worker whose event loop answers no ping for this long is killed and restarted; None: never."""
 
 
 class LauncherConfig(_Section):

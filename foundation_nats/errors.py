@@ -56,6 +56,7 @@
     │   ├── StepInDoubtError            a step of `ctx.once` may have been done: a person decides
     │   ├── StepNotDoneError            raised by a step of `ctx.once`: surely nothing has happened
     │   ├── StepTooLargeError           a step of `ctx.once` is done; its result could not be kept
+    │   ├── ProcessCrashedError         outcome UNKNOWN: what `ctx.run_process` ran has ended its process
     │   ├── StateTooLargeError
     │   └── StateInvalidError           the stored or new state does not fit the model
     └── RemoteError                     a peer's error whose class we do not know
@@ -421,6 +422,13 @@ class StepTooLargeError(AgentError):
     """A step of `ctx.once` is done, but what it returned is too large to be kept; not tried again."""
 
     code = "agent.step_too_large"
+
+
+class ProcessCrashedError(AgentError):
+    """What `ctx.run_process` ran has ended its process: whatever it did outside may have been done."""
+
+    code = "agent.process_crashed"
+    outcome = "unknown"
 
 
 class StateTooLargeError(AgentError):

@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from foundation_nats.agent.agent import Agent, start_arguments
+from foundation_nats.agent.agent import Agent, begin, end
 from foundation_nats.agent.context import Emission
+from foundation_nats.agent.directives import apply_result, are_directives
 from foundation_nats.agent.emissions import answer, expired, outbox_items
 from foundation_nats.agent.failing import handler_error
 from foundation_nats.agent.handling import (
@@ -45,6 +46,7 @@ from foundation_nats.agent.handling import (
     unhandled,
     validated,
 )
+from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.agent.signal import Signal
@@ -433,9 +435,7 @@ class Activation:
         agent = self.agent
         agent.ctx._begin(None)
         try:
-            await self._observed(
-                agent.on_start(**start_arguments(type(agent), self.recovered)), STARTING
-            )
+            await self._observed(begin(agent, self.recovered), STARTING)
             state = self._checked_state()
         except FoundationError:
             raise
@@ -604,6 +604,8 @@ class Activation:
         sequence = signal.sequence or 0
         if handling is not None and handling.timeout is not None:
             timeout = handling.timeout
+        if agent._layers and handling is not None:
+            handling = layered(handling, agent._layers)
         if handling is None:
             if not signal.type.startswith("cluster."):
                 return None
@@ -623,7 +625,7 @@ class Activation:
                     f"The handler of {signal.type} took longer than {timeout:g} s."
                 ) from error
         failpoint("handle.after")
-        return result
+        return apply_result(agent, result) if are_directives(result) else result
 
     async def _observed(self, coroutine: Coroutine[Any, Any, Any], sequence: int) -> Any:
         """Await a handler; should it end the process, the black box tells that it was this one."""
@@ -651,6 +653,8 @@ class Activation:
         *seed* is the same whenever this cause is handled again, and of no other cause.
         """
         context = self.agent.ctx
+        if context._emissions and self.agent._layers:
+            context._emissions = outgoing(self.agent._layers, self.agent, context._emissions)
         items = self._emitted_items(context._emissions, seed, signal) if context._emissions else ()
         for item in items:
             self.outbox[item.msg_id] = item
@@ -756,9 +760,11 @@ class Activation:
                 body = orjson.loads(item.data)
             except ValueError:
                 body = None
+            known = self.recovered is not None and self.recovered.sequence == item.sequence
+            cause = self.recovered.cause if known and self.recovered is not None else None
             error = HandlerError(
                 f"Handling it ended the worker process {tries} times "
-                "(a crash in native code, an exit, or too much memory)."
+                f"({cause or 'a crash in native code, an exit, or too much memory'})."
             )
             self._bury(item, body, error, attempts=tries)
             # Stored before the next signal, which may end the worker too.
@@ -1109,7 +1115,7 @@ class Activation:
             self.agent.ctx._begin(None)
             try:
                 async with asyncio.timeout(5):
-                    await self.agent.on_stop(self.stopping)
+                    await end(self.agent, self.stopping)
                 self._effects(self._checked_state(), seed=f"stop-{self.epoch}")
             except (Exception, _Abandon) as error:
                 self.runtime.log.warning("on_stop failed", agent=self.id, exc_info=error)

@@ -19,8 +19,17 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel
 
 from foundation_nats.agent.context import Context, Emission, as_target, checked_type, freeze
-from foundation_nats.agent.handling import on
+from foundation_nats.agent.directives import DIRECTIVE, Directive, apply, execute
+from foundation_nats.agent.handling import Handling, on
+from foundation_nats.agent.middleware import Middleware
 from foundation_nats.agent.signal import Payload, Signal, typed
+from foundation_nats.agent.skills import (
+    Skill,
+    bind_skills,
+    check_skills,
+    skill_handlings,
+    state_with,
+)
 from foundation_nats.agent.state import State
 from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import deadline_text
@@ -56,11 +65,17 @@ class Agent:
     """Of its own: targets of ``label:EXPRESSION``."""
     subscriptions: ClassVar[typing.Sequence[str | Subscription]] = ()
     """Topics whose signals it is sent; see `subscribe`."""
+    skills: ClassVar[typing.Sequence[Skill]] = ()
+    """Parts that bring state, handlers, actions and sensors of their own; see `Skill`."""
+    middleware: ClassVar[typing.Sequence[Middleware]] = ()
+    """What stands around its handlers, the first outermost; see `Middleware`."""
     critical: ClassVar[bool] = False
     """Whether it is restarted elsewhere at once when its node is lost."""
 
     state: Any
     ctx: Context
+    _layers: ClassVar[tuple[Middleware, ...]] = ()
+    """All the middleware, outermost first."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -75,10 +90,20 @@ class Agent:
                         f"{cls.__qualname__}: both {seen[key]} and {name} handle {mark.type!r}"
                     )
                 seen[key] = name
+        check_skills(cls.__qualname__, cls.skills)
         if not (isinstance(cls.State, type) and issubclass(cls.State, State)):
             raise ConfigError(
                 f"{cls.__qualname__}.State must be a subclass of foundation_nats.State"
             )
+        cls.State = state_with(cls.State, cls.skills)
+        cls._layers = (
+            *cls.middleware,
+            *(item for skill in cls.skills for item in skill.middleware),
+        )
+
+    @classmethod
+    def _foundation_more(cls) -> list[Handling]:
+        return skill_handlings(cls.skills)
 
     def __init__(self) -> None:
         """Take no arguments: configuration is in `self.config`, state in `self.state`."""
@@ -119,6 +144,26 @@ class Agent:
         until = deadline_text(self.ctx.now(), ttl=ttl, deadline=deadline)
         self.ctx._emissions.append(Emission(as_target(to), checked_type(type), freeze(data), until))
 
+    def direct(self, *directives: Directive) -> None:
+        """Have these carried out once the effects of the signal in hand are stored.
+
+        To return them from a handler does the same.
+
+        Raises:
+            ConfigError: one is no directive.
+            ValueError, TypeError, StateInvalidError: what one says can't be done.
+        """
+        for directive in directives:
+            apply(self, directive)
+
+    @property
+    def skill(self) -> dict[str, Any]:
+        """Its own instances of its skills, by name."""
+        found: dict[str, Any] | None = self.__dict__.get("_skill")
+        if found is None:
+            found = self.__dict__["_skill"] = bind_skills(self, self.skills)
+        return found
+
     async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
         """Called before the first signal of every activation.
 
@@ -142,11 +187,18 @@ class Agent:
     async def handle_cluster_signal(self, signal: Signal[Any]) -> Any:
         """Called for signals of type ``cluster.*`` that have no handler of their own."""
 
+    @on(DIRECTIVE)
+    async def _on_directive(self, signal: Signal[Any]) -> None:
+        """One of its own directives."""
+        await execute(self, signal.data)
+
     @on("foundation.step.resolve")
-    async def _on_step_resolve(self, signal: Signal[Verdict]) -> None:
+    async def _on_step_resolve(self, signal: Signal[Verdict]) -> dict[str, Any]:
         """A person has found out about a step in doubt."""
         found = signal.data
-        self.ctx._resolve_step(found.key, found.signal, done=found.done, result=found.result)
+        return await self.ctx._resolve_step(
+            found.key, found.signal, done=found.done, result=found.result
+        )
 
 
 def start_arguments(cls: type[Agent], recovered: RecoveredFrom | None) -> dict[str, Any]:
@@ -161,14 +213,28 @@ def start_arguments(cls: type[Agent], recovered: RecoveredFrom | None) -> dict[s
     }
 
 
+async def begin(agent: Agent, recovered: RecoveredFrom | None) -> None:
+    """The hooks before the first signal: of its skills, then its own."""
+    for skill in agent.skill.values() if agent.skills else ():
+        await skill.on_start(recovered)
+    await agent.on_start(**start_arguments(type(agent), recovered))
+
+
+async def end(agent: Agent, reason: str) -> None:
+    """The hooks after the last signal: its own, then of its skills."""
+    await agent.on_stop(reason)
+    for skill in reversed(agent.skill.values()) if agent.skills else ():
+        await skill.on_stop(reason)
+
+
 def provided(cls: type[Agent]) -> list[str]:
     """The capabilities the class declares.
 
     Raises:
         ConfigError: one of them is no valid name.
     """
-    names = cls.capabilities
-    names = [names] if isinstance(names, str) else sorted(names)
+    declared = [cls.capabilities, *(skill.capabilities for skill in cls.skills)]
+    names = sorted({n for item in declared for n in ([item] if isinstance(item, str) else item)})
     for name in names:
         if not is_name(name):
             raise ConfigError(f"{cls.__qualname__}: {name!r} is not a valid capability name")
@@ -213,7 +279,8 @@ def subscribed(cls: type[Agent]) -> list[Subscription]:
     Raises:
         ConfigError: one of them is no topic.
     """
-    found = [cls.subscriptions] if isinstance(cls.subscriptions, str) else cls.subscriptions
+    declared = [cls.subscriptions, *(skill.subscriptions for skill in cls.skills)]
+    found = [x for item in declared for x in ([item] if isinstance(item, str) else item)]
     try:
         return [
             item if isinstance(item, Subscription) else Subscription(topic=item) for item in found

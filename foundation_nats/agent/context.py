@@ -5,11 +5,10 @@ Nothing here speaks to NATS: what a handler emits is kept, and leaves with the c
 
 from __future__ import annotations
 
-import asyncio
 import random
 import typing
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import orjson
 
 from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
+from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.steps import (
     Doubt,
@@ -31,6 +31,7 @@ from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import Timer, check_timer_name, timer_of
 from foundation_schemas import Target
+from foundation_schemas.base import check_name
 
 if typing.TYPE_CHECKING:
     from foundation_nats.bus.connection import Bus
@@ -51,6 +52,21 @@ class Emission:
     """For later; its `generation` is given when it is stored."""
     name: str = ""
     """Of the timer."""
+    event: str = ""
+    """It is no signal but an event of this kind, ``agent.<event>``; `type` is its message."""
+
+    @property
+    def value(self) -> Any:
+        """The data, as the receiver gets it."""
+        return orjson.loads(orjson.dumps(self.data))
+
+    def with_data(self, data: Any) -> Emission:
+        """The same with other data.
+
+        Raises:
+            TypeError: it is not JSON.
+        """
+        return replace(self, data=freeze(data))
 
 
 class Context:
@@ -62,6 +78,7 @@ class Context:
         "_guards",
         "_home",
         "_keys",
+        "_offload",
         "_stop_reason",
         "agent_id",
         "bus",
@@ -90,6 +107,7 @@ class Context:
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
         self._guards: Guards | None = None
+        self._offload: Offload | None = None
         self._home: StepHome | None = None
 
     @property
@@ -178,12 +196,44 @@ class Context:
             return f"start-{self.epoch}"
         return cause_of(signal.source, signal.id)
 
-    def _resolve_step(self, key: str, signal: str | None, *, done: bool, result: Any) -> None:
-        resolve(self._steps_home.steps, key, signal, done=done, result=result)
+    async def _resolve_step(
+        self, key: str, signal: str | None, *, done: bool, result: Any
+    ) -> dict[str, Any]:
+        home = self._steps_home
+        step = resolve(home.steps, key, signal, done=done, result=result)
+        await home.store_steps()
+        return step.encoded()
 
-    async def run_blocking(self, function: Callable[..., R], *args: Any) -> R:
-        """Run a blocking function in a thread, so that other agents go on."""
-        return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+    async def run_blocking(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call a blocking function in a thread of this worker, so that other agents go on.
+
+        It sees a copy of the context variables. At most `worker.threads_max` run at a time, more
+        wait. A time-out (``asyncio.timeout``) ends the waiting, not the thread: it runs on, and
+        what it returns is dropped. For what keeps the processor busy take `run_process`.
+
+        Raises:
+            TypeError: *function* is a coroutine function.
+        """
+        return await self._workshop.run_blocking(function, *args, **kwargs)
+
+    async def run_process(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call a function in another process, so that no other agent waits for the processor.
+
+        The function must be at the top of a module; it, its arguments and its result are pickled.
+        At most `worker.processes_max` run at a time, more wait; each is kept for the next call.
+        Cancelled, or with a time-out (``asyncio.timeout``), it ends with its process.
+
+        Raises:
+            TypeError: something can't be pickled; names it.
+            ProcessCrashedError: the process has ended; the next call gets another.
+        """
+        return await self._workshop.run_process(function, *args, **kwargs)
+
+    @property
+    def _workshop(self) -> Offload:
+        if self._offload is None:
+            self._offload = Offload()
+        return self._offload
 
     def schedule(
         self,
@@ -300,6 +350,20 @@ class Context:
         Kept in memory until it is set again; not stored, and not undone with a handler.
         """
         self._gauges[name] = float(value)
+
+    def report(self, what: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """Have the event ``agent.<what>`` stored together with the state: for people, not for agents.
+
+        `foundation events` and `foundation why` show it.
+
+        Raises:
+            ValueError: *what* is no name.
+            TypeError: *data* is not JSON.
+        """
+        target = as_target(f"agent:{self.agent_id}")
+        self._emissions.append(
+            Emission(target, message, freeze(dict(data or {})), event=check_name(what))
+        )
 
     def stop(self, reason: str = "stopped by itself") -> None:
         """Stop this agent after the signal in hand; a permanent one is started again."""

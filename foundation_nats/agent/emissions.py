@@ -16,12 +16,13 @@ from orjson import Fragment
 from foundation_nats.agent.context import Emission
 from foundation_nats.agent.record import OutboxItem
 from foundation_nats.agent.signal import Signal
-from foundation_nats.bus.rpc import to_json
+from foundation_nats.base.clock import utc_text
+from foundation_nats.bus.rpc import encode, to_json
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.errors import ExpiredError
 from foundation_nats.signaling.envelope import ANSWER, BOX, emitted_id, encode_envelope
 from foundation_nats.signaling.schedules import read_time, timer_headers
-from foundation_schemas import Target, TargetKind
+from foundation_schemas import ClusterEvent, Target, TargetKind
 from foundation_schemas.base import is_name
 
 
@@ -75,6 +76,11 @@ def outbox_items(
     for index, emission in enumerate(emissions):
         target = str(emission.target)
         headers = None
+        if emission.event:
+            items.append(
+                _event_item(subjects, agent, emission, emitted_id(salt, seed, index, "event"))
+            )
+            continue
         if emission.timer is not None:
             subject = subjects.timer(agent, emission.name)
             timer = replace(emission.timer, generation=emitted + index + 1)
@@ -98,3 +104,15 @@ def outbox_items(
         )
         items.append(OutboxItem(subject, msg_id, body, headers))
     return items
+
+
+def _event_item(subjects: Subjects, agent: str, emission: Emission, msg_id: str) -> OutboxItem:
+    event = ClusterEvent(
+        topic="agent",
+        what=emission.event,
+        at=utc_text(),
+        source=f"agent:{agent}",
+        message=emission.type,
+        data={"agent": agent, **emission.value},
+    )
+    return OutboxItem(subjects.event(event.topic, event.what), msg_id, encode(event))

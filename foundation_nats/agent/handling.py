@@ -214,8 +214,12 @@ def handlings(cls: builtins.type[Any]) -> Routes:
     """
     found: Routes | None = cls.__dict__.get("_foundation_handlings")
     if found is None:
-        items = [handling_of(cls, *found) for found in marked(cls)]
-        found = Routes(items)
+        found = Routes(
+            [
+                *(handling_of(cls, *mine) for mine in marked(cls)),
+                *getattr(cls, "_foundation_more", list)(),
+            ]
+        )
         cls._foundation_handlings = found
     return found
 

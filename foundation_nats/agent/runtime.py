@@ -29,6 +29,7 @@ from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.context import Context
 from foundation_nats.agent.guards import Guards
 from foundation_nats.agent.loading import describe, load_class
+from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.outbox import (
     drop_published,
     find_stored,
@@ -130,6 +131,9 @@ class Runtime:
         self.attempts: dict[str, tuple[int, int]] = {}
         self.trace = Trace()
         self._guards = Guards()
+        self._offload = Offload(
+            threads_max=config.worker.threads_max, processes_max=config.worker.processes_max
+        )
         self._activations: dict[str, Activation] = {}
         self._fingerprint = 0
         self._claiming: dict[str, int] = {}
@@ -151,6 +155,7 @@ class Runtime:
         self._stream_is: tuple[str, str] | None = None
         host.scope.start(self._sweep_loop(config.mailbox.sweep_every_s), "sweep")
         host.scope.start(self._clear_loop(), "clear")
+        host.scope.start(self._offload.until_closed(), "offload")
         self.bus.on_disconnect(self._uncheck)
         self.bus.on_reconnect(self._disturbed)
         self.bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory)
@@ -238,6 +243,12 @@ class Runtime:
     def backlog(self) -> int:
         """Signals received and not yet handled."""
         return sum(item.backlog for item in self._activations.values() if item.queue)
+
+    def doing(self, agent: str) -> str:
+        """The type of the signal in hand; see `Workload.doing`."""
+        activation = self._activations.get(agent)
+        signal = None if activation is None else activation.agent.ctx.signal
+        return "" if signal is None else signal.type
 
     def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
         """What the agents of these deployments have to do, of those in memory."""
@@ -374,7 +385,10 @@ class Runtime:
             record.id, config=record.spec.config or None, node=self.node, epoch=record.epoch
         )
         agent.ctx._guards = self._guards
+        agent.ctx._offload = self._offload
         agent.ctx.bus, agent.ctx.subjects = self.bus, self.subjects
+        if cls.skills:
+            _ = agent.skill  # a skill that is configured wrongly is an error here
         if not _is_durable(record, cls):
             agent.durable = False  # type: ignore[misc]
             stored = None

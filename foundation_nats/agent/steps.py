@@ -367,8 +367,8 @@ def resolve(ledger: StepLedger, key: str, signal: str | None, *, done: bool, res
             else f"{len(found)} signals have a step {key!r} in doubt: name the signal."
         )
     step = found[0]
-    if done:
-        ledger.finish(step.cause, step.key, utc_text(), to_json(result))
-    else:
+    if not done:
         ledger.forget(step.cause, step.key)
-    return step
+        return step
+    ledger.finish(step.cause, step.key, utc_text(), to_json(result))
+    return ledger.find(key, signal)[0]

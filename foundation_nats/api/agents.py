@@ -31,6 +31,8 @@ from foundation_schemas import (
     Deployment,
     OnNodeLoss,
     PlacementPolicy,
+    StateRecord,
+    StepRecord,
     Subscription,
 )
 
@@ -233,6 +235,43 @@ class Agents:
     async def find(self, capability: str) -> builtins.list[AgentInfo]:
         """Every agent that provides *capability*, by id."""
         return await self.list(capability=capability)
+
+    async def steps(self, id: str) -> builtins.list[StepRecord]:
+        """The steps (`ctx.once`) that an agent remembers: those of signals that did not take effect yet.
+
+        Raises:
+            AgentNotFoundError: nothing is stored of it.
+        """
+        entry = await self._state.read(id)
+        if entry is None or entry.value is None:
+            raise self._not_found(id)
+        return rpc.decode(StateRecord, entry.value).steps
+
+    async def resolve_step(
+        self,
+        id: str,
+        key: str,
+        *,
+        done: bool,
+        result: Any = None,
+        signal: str | None = None,
+        timeout: float = 10.0,
+    ) -> StepRecord:
+        """Say of a step in doubt whether it was done; the agent has stored it when this returns.
+
+        With *done*, *result* is what the step returns from now on; else it may be begun again.
+        The signal, if it was given up for the doubt, still has to be replayed (`cluster.dead`).
+
+        Args:
+            signal: the id of its signal, where several have a step of this key.
+
+        Raises:
+            NotFoundError: the agent has no such step in doubt, or more than one.
+            AgentUnavailableError, AskTimeoutError: the agent did not answer.
+        """
+        verdict = {"key": key, "signal": signal, "done": done, "result": result}
+        said = await self._cluster.ask(id, "foundation.step.resolve", verdict, timeout=timeout)
+        return StepRecord.model_validate(said)
 
     async def state(self, id: str) -> dict[str, Any] | None:
         """The stored record of an agent: state, cursor, epoch, commit, outbox; None if none."""

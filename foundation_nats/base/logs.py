@@ -84,6 +84,15 @@ class _LineFormatter(logging.Formatter):
         record.name = record.name.removeprefix(f"{_ROOT}.")
         return super().format(record)
 
+    def formatException(self, ei: Any) -> str:
+        """The traceback, without our frames where it leads into a user's code."""
+        from foundation_nats.base import frames
+
+        error = ei[1]
+        if error is None or frames.user_frame(frames.of_traceback(error.__traceback__)) is None:
+            return super().formatException(ei)
+        return frames.trace(error)
+
 
 class _JsonFormatter(_LineFormatter):
     """One JSON object per line."""

@@ -6,13 +6,18 @@ that the manager shares, so a crash in native code, an exit or a SIGKILL leaves
 them readable. What awaits is not on the loop: of a thousand agents in the
 middle of something, one is named.
 
+A worker that hangs can be asked for its stack (`ask_stack`): a signal handler in native
+code writes it to the same file, also while the interpreter's lock is held.
+
 Not told: what a thread of its own did.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
 import os
+import signal
 import tempfile
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -24,6 +29,9 @@ VARIABLE = "FOUNDATION_BLACKBOX"
 STARTING = -1
 """In place of a signal's sequence: the agent's `on_start`."""
 _SIZE = 512
+_STACK_MAX = 64 * 1024
+_ASK = getattr(signal, "SIGUSR2", None)
+"""What makes a worker write its stack behind the note."""
 _RUN_MAX = 100
 _NOBODY = 10  # a line feed: an empty line
 
@@ -59,11 +67,25 @@ def read(file: IO[bytes]) -> Suspect | None:
         return None
 
 
+def ask_stack(pid: int) -> None:
+    """Make the worker *pid* write down what its main thread is doing; see `read_stack`."""
+    if _ASK is not None:
+        os.kill(pid, _ASK)
+
+
+def read_stack(file: IO[bytes]) -> str:
+    """What `ask_stack` has brought so far, as `faulthandler` writes it."""
+    return os.pread(file.fileno(), _STACK_MAX, _SIZE).decode(errors="replace")
+
+
 class BlackBox:
-    """The worker's side; does nothing where no manager shares a file."""
+    """The worker's side; nothing outlives the process where no manager shares a file."""
 
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self._memory = memory
+        self.now: tuple[str, int] | None = None
+        """Agent and sequence of the handler that is on the event loop; another object at each step,
+        for threads to look at."""
 
     @classmethod
     def inherited(cls) -> BlackBox:
@@ -72,9 +94,12 @@ class BlackBox:
         if number is None:
             return cls()
         try:
-            return cls(mmap.mmap(int(number), _SIZE))
+            box = cls(mmap.mmap(int(number), _SIZE))
+            if _ASK is not None:
+                faulthandler.register(_ASK, file=int(number), all_threads=False)
         except (OSError, ValueError):
             return cls()
+        return box
 
     def step(
         self, coroutine: Coroutine[Any, Any, T], agent: str, sequence: int
@@ -121,10 +146,12 @@ class BlackBox:
             self._leave()
 
     def _enter(self, agent: str, sequence: int) -> None:
+        self.now = (agent, sequence)
         if self._memory is not None:
             note = b"%d %b\n" % (sequence, agent.encode())
             self._memory[: len(note)] = note
 
     def _leave(self) -> None:
+        self.now = None
         if self._memory is not None:
             self._memory[0] = _NOBODY

@@ -214,7 +214,9 @@ class Host:
         )
         self._touch_mine()
 
-    def worker_died(self, worker: str, cause: str, suspect: Suspect | None) -> None:
+    def worker_died(
+        self, worker: str, cause: str, suspect: Suspect | None, stack: str = ""
+    ) -> None:
         """A worker is gone, and with it the activations in it; *suspect* was running."""
         lost = [agent for agent, placed in self._placed.items() if placed.worker == worker]
         self._forget_worker(worker)
@@ -234,6 +236,7 @@ class Host:
             sequence=None if suspect is None else suspect.sequence,
             agents=len(lost),
             lost=lost[:_NAMED_MAX],
+            **({"stack": stack} if stack else {}),
         )
         self._wake.set()
 
@@ -354,6 +357,7 @@ class Host:
             epoch=record.epoch,
             reason="worker_died",
             sequence=sequence or None,
+            cause=cause or None,
         )
         return record.model_copy(
             update={

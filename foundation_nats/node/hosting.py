@@ -65,6 +65,9 @@ class Workload(Protocol):
     def backlog(self) -> int:
         """Signals received and not yet handled."""
 
+    def doing(self, agent: str) -> str:
+        """The type of the signal that *agent* has in hand, or ""; called from any thread."""
+
     def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
         """What the replicas of these deployments have to do, of those in memory."""
 

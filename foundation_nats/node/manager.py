@@ -335,12 +335,12 @@ class NodeManager:
             # Its activations may start once it has seen an echo.
             self._membership.beat_now()
 
-    def _worker_died(self, worker: str, cause: str, suspect: Suspect | None) -> None:
+    def _worker_died(self, worker: str, cause: str, suspect: Suspect | None, stack: str) -> None:
         for died in self._describing.pop(worker, ()):
             if not died.done():
                 died.set_result((cause, suspect))
         if self._host is not None and not self._rejoining:
-            self._host.worker_died(worker, cause, suspect)
+            self._host.worker_died(worker, cause, suspect, stack)
 
     def _end(self, reason: str) -> None:
         if not self.ended.done():

@@ -22,11 +22,13 @@ from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.events import Events
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.errors import BusError, FoundationError
 from foundation_nats.node.blackbox import BlackBox
 from foundation_nats.node.hosting import HostContext, Workload, WorkloadFactory
+from foundation_nats.node.watchdog import Blocked, Watchdog
 from foundation_schemas import (
     AgentReport,
     InspectReply,
@@ -75,6 +77,9 @@ class Worker:
         self._report_now = asyncio.Event()
         self._lag_s = 0.0
         self._was_busy = True
+        self._watchdog: Watchdog | None = None
+        self._events = Events(bus, self._subjects, orders.node)
+        self._box = BlackBox.inherited()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._validity = Validity(
             bus,
@@ -96,7 +101,7 @@ class Worker:
                 worker=orders.worker,
                 validity=self._validity,
                 scope=self._scope,
-                blackbox=BlackBox.inherited(),
+                blackbox=self._box,
                 report=self._report,
             )
         )
@@ -114,6 +119,15 @@ class Worker:
         for verb, handler in verbs.items():
             subject = self._subjects.control_worker(self._orders.worker, verb)
             rpc.serve(self._bus, self._scope, subject, handler)
+        warn_s = self._orders.config.worker.block_warn_s
+        if warn_s is not None:
+            self._watchdog = Watchdog(
+                self._box,
+                self._log,
+                warn_s=warn_s,
+                type_of=self._workload.doing,
+                on_over=self._was_blocked,
+            )
         self._scope.start(self._report_loop(), "report")
         self._scope.start(self._lag_loop(), "lag")
         self._scope.failure.add_done_callback(
@@ -165,6 +179,7 @@ class Worker:
                 "backlog": self._workload.backlog(),
                 "valid_s": round(self._validity.remaining_s(), 3),
                 "lag_s": round(self._lag_s, 4),
+                "blocked": 0 if self._watchdog is None else self._watchdog.incidents,
                 "tasks": len(asyncio.all_tasks()),
             },
         )
@@ -230,13 +245,39 @@ class Worker:
         while True:
             pause = _LAG_TICK_S if self._was_busy else _LAG_TICK_IDLE_S
             due = monotonic() + pause
+            if self._watchdog is not None:
+                self._watchdog.promise(due)
             await asyncio.sleep(pause)
             late = max(0.0, monotonic() - due)
             # Rises at once, falls slowly: a heartbeat sees the worst of the last second.
             self._lag_s = max(late, self._lag_s * 0.8 ** (pause / _LAG_TICK_S))
 
+    def _was_blocked(self, blocked: Blocked) -> None:
+        suspect = blocked.suspect
+        worker = self._orders.worker
+        where = f" at {blocked.place}" if blocked.place else ""
+        line = f" ({blocked.source})" if blocked.source else ""
+        often = f", {blocked.times} times since that was last told" if blocked.times > 1 else ""
+        self._events.emit(
+            "worker" if suspect is None else "agent",
+            "blocked_loop",
+            f"{blocked.what} kept all of {worker} waiting for {blocked.seconds:.2g} s"
+            f"{where}{line}{often}.",
+            agent=None if suspect is None else suspect.agent,
+            sequence=None if suspect is None else suspect.sequence,
+            type=blocked.type or None,
+            node=self._orders.node,
+            worker=worker,
+            seconds=blocked.seconds,
+            times=blocked.times,
+            where=blocked.place or None,
+            stack=blocked.stack,
+        )
+
     async def close(self) -> None:
         """End every task."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._validity.close()
         await self._scope.close()
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from foundation_nats.base import frames
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
@@ -41,6 +42,8 @@ _PING_EVERY_S = 1.0
 _QUIET_S = 2.5
 """Longer than an idle worker takes from one report to the next."""
 _READY_TIMEOUT_S = 30.0
+_STACK_S = 0.5
+"""How long a worker that hangs has to say what it is doing."""
 
 
 @dataclass(slots=True)
@@ -54,6 +57,10 @@ class WorkerProcess:
     ready: bool = False
     started_at: float = 0.0
     answered_at: float = 0.0
+    cause: str = ""
+    """Why it was killed from here."""
+    stack: str = ""
+    """What it was doing when it was killed because it hung."""
 
     @property
     def pid(self) -> int:
@@ -65,7 +72,7 @@ class Workers:
     """The worker processes of one node.
 
     *on_ready* and *on_died* are called with a worker's id, the latter also with the
-    cause and the handler that was running; *may_judge* says whether silence has proved
+    cause, the handler that was running, and the stack of one that hung; *may_judge* says whether silence has proved
     something for so many seconds; *on_exhausted* when
     workers die more often than `restarts_max` in `restart_window_s`, those apart that died
     in an agent's handler.
@@ -78,7 +85,7 @@ class Workers:
         count: int,
         module: str,
         on_ready: Callable[[str], None],
-        on_died: Callable[[str, str, Suspect | None], None],
+        on_died: Callable[[str, str, Suspect | None, str], None],
         on_exhausted: Callable[[str], None],
         may_judge: Callable[[float], bool] = lambda _: True,
         spare: Sequence[Child] = (),
@@ -139,10 +146,13 @@ class Workers:
         try:
             await self._wait_ready(entry, exited)
             while not exited.done():
+                if self._config.hang_after_s is None:
+                    await asyncio.wait([exited])
+                    break
                 left = entry.answered_at + self._quiet_s - monotonic()
                 await asyncio.wait([exited], timeout=max(_PING_EVERY_S / 2, left))
                 if not exited.done() and monotonic() - entry.answered_at >= self._quiet_s:
-                    await self._check_hang(entry)
+                    await self._check_hang(entry, self._config.hang_after_s)
             await self._restart(entry, exited.result())
         finally:
             exited.cancel()
@@ -150,7 +160,7 @@ class Workers:
     @property
     def _quiet_s(self) -> float:
         """For how long a worker may say nothing by itself before it is asked whether it hangs."""
-        return max(_PING_EVERY_S, min(_QUIET_S, self._config.hang_after_s / 4))
+        return max(_PING_EVERY_S, min(_QUIET_S, (self._config.hang_after_s or _QUIET_S) / 4))
 
     def heard(self, worker: str) -> None:
         """It has reported: it needn't be asked whether it hangs."""
@@ -178,13 +188,12 @@ class Workers:
         entry.answered_at = monotonic()
         return True
 
-    async def _check_hang(self, entry: WorkerProcess) -> None:
+    async def _check_hang(self, entry: WorkerProcess, limit: float) -> None:
         subject = self._subjects.control_worker(entry.id, "ping")
         # What it was quiet before counts, as if it had been asked every second.
         now = monotonic()
         since = max(now - self._quiet_s, min(now, entry.answered_at + _PING_EVERY_S))
         while not self._closing:
-            limit = self._config.hang_after_s
             timeout = max(limit / 2, limit - (monotonic() - since))
             try:
                 await rpc.call(self._bus, subject, None, Pong, timeout=timeout)
@@ -194,23 +203,43 @@ class Workers:
                 # A connection that dropped or swallows everything is not a hanging worker.
                 if (
                     self._bus.is_connected
-                    and self._may_judge(self._config.hang_after_s)
-                    and monotonic() - since >= self._config.hang_after_s * 0.9
+                    and self._may_judge(limit)
+                    and monotonic() - since >= limit * 0.9
                 ):
                     # It may have been cut off itself, and be back: its agents are worth a question.
-                    if await self._ping(entry, timeout=min(2.0, self._config.hang_after_s / 2)):
+                    if await self._ping(entry, timeout=min(2.0, limit / 2)):
                         return
-                    self._log.error("worker hangs; killed", worker=entry.id)
-                    entry.process.kill()
+                    await self._kill_hung(entry, monotonic() - since)
                     return
                 await asyncio.sleep(0.2)
             except BusError:
                 return
 
+    async def _kill_hung(self, entry: WorkerProcess, seconds: float) -> None:
+        """Let it write down what it is doing, and end it."""
+        with contextlib.suppress(OSError):
+            blackbox.ask_stack(entry.pid)
+            deadline = monotonic() + _STACK_S
+            while monotonic() < deadline and entry.process.poll() is None:
+                await asyncio.sleep(0.02)
+                found = blackbox.read_stack(entry.box)
+                if found and found == entry.stack:
+                    break  # it has been written to its end
+                entry.stack = found
+        stack = frames.of_fault(entry.stack)
+        frame = frames.user_frame(stack)
+        place = "" if frame is None else f" at {frame.place}"
+        entry.stack = frames.stack_text(stack) if stack else ""
+        entry.cause = f"killed, because it had not answered for {seconds:.2g} s{place}"
+        self._log.error(
+            "worker hangs; killed", worker=entry.id, seconds=round(seconds, 1), stack=entry.stack
+        )
+        entry.process.kill()
+
     async def _restart(self, entry: WorkerProcess, code: int) -> None:
         if self._closing:
             return
-        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+        cause = entry.cause or (f"signal {-code}" if code < 0 else f"exit code {code}")
         suspect = blackbox.read(entry.box)
         entry.box.close()
         self._log.warning(
@@ -220,7 +249,7 @@ class Workers:
             agent=None if suspect is None else suspect.agent,
         )
         entry.ready = False
-        self._on_died(entry.id, cause, suspect)
+        self._on_died(entry.id, cause, suspect, entry.stack)
         # Whose handler ended it has a back-off of its own, and its signal a limit of attempts.
         # Were the node to end instead, they would end the next one, too.
         ended = Exited(entry.id, cause, is_blamed=suspect is not None)

@@ -512,6 +512,8 @@ class _AgentTeller:
                 text += f", going on where {origin.get('node')} had left off"
             case "worker_died":
                 text += ", in a new worker process"
+            case "reloaded":
+                text += ", with new code, going on from its stored state"
             case "restarted":
                 text += ", going on from its stored state"
         self._why = [self.draft.add(item, f"{text}.", because)]
@@ -522,6 +524,10 @@ class _AgentTeller:
         event, data = item.event, item.event.data
         node, loop = data.get("node"), False
         match what:
+            case "blocked_loop":
+                # It changes nothing about where the agent is; it may be why it is slow.
+                self.draft.add(item, event.message, loop=True)
+                return
             case "failed":
                 failures = int(data.get("failures") or 1)
                 text = f"It failed on {node}: {_clause(data.get('reason'))}"

@@ -22,10 +22,13 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from foundation_nats.agent.agent import Agent, start_arguments
+from foundation_nats.agent.agent import Agent, begin, end
 from foundation_nats.agent.context import Context, Emission
+from foundation_nats.agent.directives import apply_result, are_directives
 from foundation_nats.agent.failing import handler_error
 from foundation_nats.agent.handling import handlings, is_notice, unhandled, validated
+from foundation_nats.agent.middleware import layered, outgoing
+from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.state import dump_state, first_state, load_state, restore_state
 from foundation_nats.agent.steps import StepLedger
@@ -63,6 +66,15 @@ class Emitted:
     """The name, if it is sent later (`ctx.schedule`); a cancelled one has the type ``cancel``."""
     due: datetime | None = None
     """When it is sent first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """An event that the agent has reported."""
+
+    what: str
+    message: str
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +195,7 @@ class AgentHarness(Generic[A]):
         first = first_state(cls.State) if state is None else load_state(cls.State, state)
         self._stored = _Stored(dump_state(first), cls.State.version)
         self._crashes: dict[str, CrashPoint] = {}
+        self._offload = Offload()
         self.now = datetime.now(UTC)
         """The agent's clock, which stands still but for `advance`."""
         self._epoch = 0
@@ -190,6 +203,8 @@ class AgentHarness(Generic[A]):
         self._sequence = 0
         self.emitted: list[Emitted] = []
         """All that left the agent, in order; clear it when you like."""
+        self.events: list[Reported] = []
+        """What it has reported (`ctx.report`)."""
         self.dead: list[Dead] = []
         self.stopped: str | None = None
         """Why it stopped itself (`ctx.stop`), if it did."""
@@ -210,13 +225,14 @@ class AgentHarness(Generic[A]):
             self._id, config=self._config, node="test", epoch=self._epoch
         )
         context._clock = lambda: self.now
+        context._offload = self._offload
         context._home = self._home = _Home(self._stored, self._crashes)
         if not agent.durable and self._epoch > 1:
             self._stored.state = dump_state(first_state(self._cls.State))
         agent.state = load_state(self._cls.State, self._stored.state)
         agent.ctx._begin(None)
         try:
-            await agent.on_start(**start_arguments(self._cls, recovered_from))
+            await begin(agent, recovered_from)
             self._home.steps.settle(agent.ctx._step_cause)
             self._commit(agent, None)
             for _ in range(_READY_TRIES):
@@ -236,10 +252,11 @@ class AgentHarness(Generic[A]):
         agent = self._running()
         agent.ctx._begin(None)
         try:
-            await agent.on_stop(reason)
+            await end(agent, reason)
             self._commit(agent, None)
         finally:
             self._agent = None
+            self._offload.close()
 
     async def crash(self) -> None:
         """Lose the activation without a word, and recover from what was stored."""
@@ -355,7 +372,7 @@ class AgentHarness(Generic[A]):
             except FoundationError as found:
                 error = found
             else:
-                await self._stop_itself()
+                await self._settle()
                 return True
         assert error is not None
         self.dead.append(Dead(signal_id, type, error, attempt))
@@ -377,7 +394,7 @@ class AgentHarness(Generic[A]):
             self._agent = None
             await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="crashed"))
             raise AskTimeoutError(f"{self._id} crashed while it was asked.") from None
-        await self._stop_itself()
+        await self._settle()
         return orjson.loads(to_json(result))
 
     async def _handle(
@@ -407,6 +424,8 @@ class AgentHarness(Generic[A]):
         )
         agent.ctx._begin(signal)
         try:
+            if handling is not None and agent._layers:
+                handling = layered(handling, agent._layers)
             if handling is None:
                 is_cluster = type_.startswith("cluster.")
                 result = await agent.handle_cluster_signal(signal) if is_cluster else None
@@ -414,6 +433,8 @@ class AgentHarness(Generic[A]):
                 result = await handling.function(agent, signal)
             else:
                 result = handling.function(agent, signal)
+            if are_directives(result):
+                result = apply_result(agent, result)
             self._home.steps.settle(agent.ctx._step_cause)
             self._commit(agent, signal)
         except BaseException as error:
@@ -426,6 +447,8 @@ class AgentHarness(Generic[A]):
 
     def _commit(self, agent: A, signal: Signal[Any] | None) -> None:
         """Store the state and let what was emitted go, together."""
+        if agent._layers:
+            agent.ctx._emissions = outgoing(agent._layers, agent, agent.ctx._emissions)
         self._stored.state = dump_state(agent.state)
         self._home.save()
         # As the next activation would read it: what does not survive JSON shows at once.
@@ -440,6 +463,12 @@ class AgentHarness(Generic[A]):
                 None if emission.timer is None else emission.timer.due,
             )
             for emission in agent.ctx._emissions
+            if not emission.event
+        ]
+        self.events += [
+            Reported(emission.event, emission.type, emission.value)
+            for emission in agent.ctx._emissions
+            if emission.event
         ]
         for emission in agent.ctx._emissions:
             self._arm(emission, signal)
@@ -458,6 +487,26 @@ class AgentHarness(Generic[A]):
                 orjson.loads(orjson.dumps(emission.data)),
                 None if signal is None else signal.id,
             )
+
+    async def _settle(self) -> None:
+        """What comes by itself after a commit: what the agent tells itself, and its end."""
+        while self._agent is not None:
+            own = next(
+                (
+                    item
+                    for item in self.emitted
+                    if item.type.startswith("foundation.")
+                    and item.to == f"agent:{self._id}"
+                    and item.timer is None
+                ),
+                None,
+            )
+            if own is None:
+                break
+            self.emitted.remove(own)
+            await self.send(own.type, own.data, source=f"agent:{self._id}")
+        if self._agent is not None:
+            await self._stop_itself()
 
     async def _stop_itself(self) -> None:
         reason = self._running().ctx._stop_reason

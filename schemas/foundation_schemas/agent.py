@@ -193,9 +193,11 @@ class RecoveredFrom(WireModel):
     node: NodeId
     epoch: int
     reason: str
-    """``node_down``, ``worker_died``, ``moved``, ``restarted``."""
+    """``node_down``, ``worker_died``, ``moved``, ``restarted``, ``reloaded``."""
     sequence: int | None = None
     """The signal that was being handled when the worker died; None: another agent's, or none."""
+    cause: str | None = None
+    """How the worker ended while this agent was being handled."""
 
 
 class MoveOrder(WireModel):
