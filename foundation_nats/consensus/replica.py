@@ -7,8 +7,10 @@ Guaranteed, as long as `apply` is deterministic and nobody else writes to the st
   revision it was validated at, and the server refuses it at any other);
 - a proposal's id takes effect once, however often it is proposed by whomever,
   among the newest `Domain.ids_kept` entries and, beyond them, within 2 minutes;
-- what `propose` returns as accepted or rejected is true and stays so; what it
-  does not know it says;
+- what `propose` returns as accepted or rejected is true and stays so, as long as the
+  broker keeps what it acknowledged; what it does not know it says;
+- a log that went back (a power cut under `sync_interval`, a restored backup) is noticed
+  after the connection was lost with it, also where it has grown to the same length again;
 - `read` sees everything that was accepted before it was called; with
   *barrier* also while a leader that was cut off still answers.
 
@@ -122,6 +124,10 @@ class Replica(Generic[S, O]):
         self._doubts: OrderedDict[str, int] = OrderedDict()
         self._listeners: list[OnApplied] = []
         self._sweep_now = False
+        self._cuts = 0
+        """How often the connection was lost."""
+        self._sure_of = 0
+        """Of which of these times it is known that the log is still the one that we follow."""
 
     # ---- life -------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class Replica(Generic[S, O]):
         await _within(deadline, self._log.ensure(replicas=self._replicas))
         self._scope = TaskScope(f"domain.{self.name}")
         route = self._bus.subscribe(self._log.live, self._on_live)
+        self._bus.on_disconnect(self._on_disconnect)
         self._bus.on_reconnect(self._on_reconnect)
         try:
             async with self._reading:
@@ -281,6 +288,14 @@ class Replica(Generic[S, O]):
                 doubt = None  # another entry took the place that it was meant for
             if (left := deadline - monotonic()) <= 0:
                 break
+            if self._cuts != self._sure_of:
+                try:
+                    await _within(deadline, self._sync())
+                    continue
+                except (BusTimeoutError, BusUnavailableError) as error:
+                    why = error
+                await asyncio.sleep(max(0.0, min(pause, deadline - monotonic())))
+                continue
             revision = machine.revision
             after = machine.judge(operation)
             if isinstance(after, str):
@@ -347,7 +362,8 @@ class Replica(Generic[S, O]):
         self, operation: O, id: str, after: S, revision: int, ack: PubAck, deadline: float
     ) -> Proposal:
         """It is stored: make it visible here, and return."""
-        if not ack.duplicate and self._machine.revision == revision:
+        is_sure = self._cuts == self._sure_of
+        if is_sure and not ack.duplicate and self._machine.revision == revision:
             self._report(self._machine.take(ack.sequence, id, operation, after))
         else:
             # Stored by an earlier attempt, or this replica was restored meanwhile.
@@ -355,6 +371,13 @@ class Replica(Generic[S, O]):
                 await _within(deadline, self._sync())
             if (known := self._known(id)) is not None:
                 return known
+            if not is_sure:
+                # Stored behind what may be another history: then every replica passes it over.
+                if self._cuts != self._sure_of or self._machine.revision < ack.sequence:
+                    reason = "the connection was lost, and the log could not be read since"
+                    return Proposal(id, ProposalStatus.UNKNOWN, revision, reason, final=False)
+                reason = "the log went back in time, and what it followed is gone"
+                return Proposal(id, ProposalStatus.REJECTED, ack.sequence, reason)
         await self._after_own(ack.sequence)
         return Proposal(id, ProposalStatus.ACCEPTED, ack.sequence)
 
@@ -420,6 +443,9 @@ class Replica(Generic[S, O]):
         if sequence is not None and sequence.isdigit():
             self._hinted = max(self._hinted, int(sequence))
             self._hint.set()
+
+    def _on_disconnect(self) -> None:
+        self._cuts += 1
 
     def _on_reconnect(self) -> None:
         self._sweep_now = True
@@ -491,6 +517,7 @@ class Replica(Generic[S, O]):
     async def _read_on(self) -> None:
         """Apply what there is beyond us."""
         async with self._reading:
+            await self._make_sure()
             while await self._apply(await self._log.page(self._machine.revision + 1)):
                 pass
         await self._tell()
@@ -502,10 +529,29 @@ class Replica(Generic[S, O]):
                 await self._shorter()
             else:
                 self._shorter_since = None
+                await self._make_sure()
             while self._machine.revision < target:
                 if not await self._apply(await self._log.page(self._machine.revision + 1)):
                     await asyncio.sleep(_LAG_PAUSE_S)  # a replica that lags answered
         await self._tell()
+
+    async def _make_sure(self) -> None:
+        """After the connection was lost: whether our last entry is still in the log.
+
+        A log that lost its end and has grown to the same length since looks the same by its
+        numbers, and an append that names the last of them would be stored.
+        """
+        cuts, at = self._cuts, self._machine.revision
+        if cuts == self._sure_of:
+            return
+        if at and not await self._is_ours(at):
+            snapshot, _ = await self._log.snapshot()
+            if snapshot is not None and snapshot.revision > at:
+                self._logger.info("too far behind: restoring", revision=at)
+                await self._restore()
+            else:
+                await self._rewound(f"revision {at} is not what it was")
+        self._sure_of = cuts
 
     async def _tell(self) -> None:
         async with self._moved:

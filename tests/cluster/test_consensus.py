@@ -13,6 +13,7 @@ import pytest
 
 from foundation_nats import Cluster, Config
 from foundation_nats.base.clock import monotonic
+from foundation_nats.bus.streams import api
 from foundation_nats.chaos.checkers.linearizable import check_linearizable
 from foundation_nats.chaos.history import Operation
 from foundation_nats.consensus import replica as replica_module
@@ -236,8 +237,6 @@ async def test_a_log_that_went_back_in_time_is_read_anew(
         for n in range(5):
             await cluster.consensus.propose(Store, Append(item=f"{n}"))
         replica: Any = await cluster.consensus.open(Store)
-        from foundation_nats.bus.streams import api
-
         await api(cluster.bus, "STREAM.DELETE", replica._log.reader.stream)
         await replica._log.ensure(replicas=1)
         found = await cluster.consensus.propose(Store, Append(item="new"), timeout=10)
@@ -248,3 +247,35 @@ async def test_a_log_that_went_back_in_time_is_read_anew(
             return "rewound" in {e.what for e in await cluster.events.list(topic="domain")}
 
         await eventually(announced)
+
+
+@pytest.mark.parametrize("first", ["read", "propose", "wait"])
+@pytest.mark.parametrize("grown", [0, 2])
+async def test_a_log_that_was_replaced_while_nobody_looked_is_noticed(
+    server: TestServer, first: str, grown: int
+) -> None:
+    """It has grown to the same length, or beyond: its numbers alone tell nothing."""
+    async with (
+        await Link.open("127.0.0.1", int(server.url.rpartition(":")[2])) as link,
+        Cluster.connect(server.url) as other,
+        Cluster.connect(link.url) as cluster,
+    ):
+        for n in range(3):
+            await cluster.consensus.propose(Store, Append(item=f"old{n}"))
+        survivor: Any = await cluster.consensus.open(Store)
+        link.cut()
+        await eventually(lambda: not cluster.bus.is_connected, timeout=15)
+        await api(other.bus, "STREAM.DELETE", survivor._log.reader.stream)
+        new = [f"new{n}" for n in range(3 + grown)]
+        for item in new:
+            await other.consensus.propose(Store, Append(item=item))
+        link.heal()
+        await cluster.bus.wait_connected(20)
+        if first == "read":
+            assert (await survivor.read(timeout=10)).items == new
+        if first == "wait":
+            await eventually(lambda: survivor.view.items == new, timeout=15)
+        found = await survivor.propose(Append(item="mine"), timeout=10)
+        assert found.accepted
+        assert (await other.consensus.read(Store)).items == [*new, "mine"]
+        assert survivor.view.items == [*new, "mine"]
