@@ -188,6 +188,8 @@ class WorkerConfig(_Section):
     """Calls of `ctx.run_blocking` that one worker runs at a time; more wait."""
     processes_max: int | None = Field(default=None, ge=1)
     """Processes of one worker for `ctx.run_process`; None: one per core."""
+    hibernate_after_s: float | None = Field(default=None, gt=0)
+    """Seconds without a signal after which an agent sleeps whose class doesn't say it; None: never."""
     handler_timeout_s: float | None = None
     """A handler that takes longer is cancelled and counts as failed; None: no limit."""
     ready_timeout_s: float = 20.0

@@ -57,6 +57,7 @@
     │   ├── StepNotDoneError            raised by a step of `ctx.once`: surely nothing has happened
     │   ├── StepTooLargeError           a step of `ctx.once` is done; its result could not be kept
     │   ├── ProcessCrashedError         outcome UNKNOWN: what `ctx.run_process` ran has ended its process
+    │   ├── SensorError                 a sensor can't sense, or its signals can't be stored now
     │   ├── StateTooLargeError
     │   └── StateInvalidError           the stored or new state does not fit the model
     └── RemoteError                     a peer's error whose class we do not know
@@ -429,6 +430,12 @@ class ProcessCrashedError(AgentError):
 
     code = "agent.process_crashed"
     outcome = "unknown"
+
+
+class SensorError(AgentError):
+    """A sensor can't sense: what it watches is not there, or does not answer as it should."""
+
+    code = "agent.sensor"
 
 
 class StateTooLargeError(AgentError):

@@ -6,7 +6,8 @@ then the server, then the runtime file and, without ``--store``, the data. If
 it is killed, the kernel kills the nodes and the server with it.
 
 A node that dies is reported and left to the cluster, which starts its agents
-elsewhere; ``--respawn`` starts it again under a new incarnation.
+elsewhere; ``--respawn`` starts it again under a new incarnation. With ``--reload``
+the agents go on under changed code (`reload.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -95,6 +96,9 @@ class UpOptions:
     wait_s: float
     respawn: bool
     log_level: str
+    reload: bool = False
+    watch: tuple[Path, ...] = ()
+    """Folders to watch instead of those of the manifest and its modules."""
 
 
 @dataclass(slots=True)
@@ -120,6 +124,8 @@ class _State:
     ready: bool = False
     stopping: bool = False
     keep_logs: bool = False
+    deployed: bool = False
+    """The manifest, as it was last, is applied."""
 
 
 class Up:
@@ -164,6 +170,10 @@ class Up:
             from foundation_nats.control import manifest
 
             manifest.load(self._options.manifest)  # a wrong one is said before anything starts
+        if self._options.reload:
+            from foundation_cli import reload
+
+            reload.check_installed()
         async with self._server() as server:
             self._state.url, self._state.store = server.url, str(server.store)
             try:
@@ -172,6 +182,8 @@ class Up:
                 await self._until_failure(self._wait_ready())
                 self._state.ready = True
                 self._write_file()
+                if self._options.reload:
+                    await self._until_failure(self._serve_reloading())
                 await self._until_failure(self._deploy())
                 self._announce()
                 await self._until_failure(asyncio.Event().wait())
@@ -245,6 +257,9 @@ class Up:
         found["PYTHONPATH"] = os.pathsep.join(paths)
         found["FOUNDATION_SERVER"] = self._state.url
         found["FOUNDATION_CLUSTER"] = self._options.cluster
+        if self._options.reload:
+            # What was compiled is told from what is new by the second and by the size.
+            found["PYTHONDONTWRITEBYTECODE"] = "1"
         return found
 
     def command(self, name: str) -> list[str]:
@@ -427,8 +442,74 @@ class Up:
             except NotSettledError as error:
                 # The cluster is up and goes on trying; a look at it is worth more than its end.
                 render.report(error, as_json=self._shared.format is Output.JSON)
+        self._state.deployed = True
 
-    def _announce(self) -> None:
+    # ---- reload -----------------------------------------------------------------
+
+    async def _serve_reloading(self) -> None:
+        """Deploy, and do so again, or run the agents anew, whenever their code changes; for ever."""
+        from foundation_cli import reload
+
+        options = self._options
+        modules = reload.modules_of(options.manifest, options.imports)
+        folders = [path.resolve() for path in options.watch]
+        folders = folders or reload.directories(modules, options.manifest) or [Path.cwd()]
+        ignore = [Path(self._state.store), runtime.runtime_dir()]
+        watcher = reload.Watcher(folders, options.manifest, ignore)
+        async with watcher.open(), connected(self._own()) as cluster:
+            reload.Troubles(cluster).open()
+            await self._deploy_again()
+            self._announce(folders)
+            while True:
+                batch = await watcher.next()
+                if batch.code:
+                    await self._reload(cluster, batch.code)
+                if batch.is_manifest_changed or not self._state.deployed:
+                    await self._deploy_again()
+
+    async def _deploy_again(self) -> None:
+        from foundation_cli import reload
+        from foundation_nats.errors import FoundationError
+
+        self._state.deployed = False
+        try:
+            await self._deploy()
+        except FoundationError as error:
+            reload.warn(f"Not deployed: {reload.wrong(error)}\nIt is tried again after a change.")
+
+    async def _reload(self, cluster: Cluster, files: Sequence[Path]) -> None:
+        from foundation_cli import reload
+        from foundation_nats.errors import FoundationError
+
+        found: dict[str, object] = {
+            "schema": f"{render.SCHEMA}/reload",
+            "files": [str(path) for path in files],
+        }
+        why = reload.broken(files)
+        if why is None:
+            nodes = [n.name for n in self._state.nodes.values() if n.process.returncode is None]
+            try:
+                modules = reload.modules_of(self._options.manifest, self._options.imports)
+                done = await reload.reload(cluster, nodes, modules)
+            except FoundationError as error:
+                why = reload.wrong(error)
+        if why is not None:
+            found |= {"ok": False, "error": why}
+        else:
+            found |= {"ok": True, "agents": done.agents, "forced": list(done.forced)}
+            found["seconds"] = round(done.seconds, 3)
+        if self._shared.format is not Output.TABLE:
+            render.print_line(found)
+        elif why is not None:
+            reload.warn(f"{why}\nThe code from before goes on.")
+        else:
+            agents = "1 agent" if done.agents == 1 else f"{done.agents} agents"
+            render.talk(
+                f"Reloaded {reload.names(files)}: {agents}, {done.seconds:.1f} s."
+                + (f" Ended in the middle: {', '.join(done.forced[:5])}." if done.forced else "")
+            )
+
+    def _announce(self, watched: Sequence[Path] = ()) -> None:
         state, options = self._state, self._options
         names = list(state.nodes)
         found = {
@@ -440,6 +521,7 @@ class Up:
             "store": state.store,
             "temporary": options.store is None,
             "logs": str(state.logs),
+            **({"watched": [str(path) for path in watched]} if watched else {}),
         }
         if self._shared.format is not Output.TABLE:
             # One line, so that a script can read it while `up` goes on.
@@ -450,6 +532,8 @@ class Up:
         render.write(f"nodes   {', '.join(names)}, {options.workers} worker(s) each")
         render.write(f"data    {kept}")
         render.write(f"logs    {state.logs}")
+        if watched:
+            render.write(f"reload  when code changes in {', '.join(map(str, watched))}")
         render.write("Try, in another terminal:")
         for words in self._suggestions():
             render.write(f"  foundation {self._flags()}{words}")
@@ -526,6 +610,18 @@ def up(
     respawn: Annotated[
         bool, typer.Option("--respawn", help="Start a node again that has died.")
     ] = False,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Run agents with new code when it changes.")
+    ] = False,
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --reload: watch this instead of the code's own folders; may be repeated.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="Of the nodes: debug, info, warning, error.")
     ] = "info",
@@ -551,6 +647,8 @@ def up(
         wait_s=wait,
         respawn=respawn,
         log_level=log_level,
+        reload=reload,
+        watch=tuple(watch or ()),
     )
     run(lambda: Up(options, shared).run())
 

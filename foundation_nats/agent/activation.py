@@ -25,6 +25,7 @@ connection is back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections import deque
 from collections.abc import Coroutine
@@ -49,6 +50,7 @@ from foundation_nats.agent.handling import (
 from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
+from foundation_nats.agent.sensors.host import SensorHost, begin_sensors, order_sensors
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import dump_state, restore_state
 from foundation_nats.agent.steps import StepLedger, cause_of
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from foundation_nats.agent.runtime import Runtime
 
 _UNCOMMITTED_MAX = 256
+HIBERNATED = "hibernated"
+"""The reason of the `on_stop` before it sleeps, and of `recovered_from` when it wakes."""
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
 _REASON_MAX = 1000
@@ -110,6 +114,10 @@ class _Ask:
 
 class _Start:
     """The first item of every activation: `on_start`."""
+
+
+class _Sleep:
+    """The item by which an activation that has nothing to do is put to sleep."""
 
 
 class _Rewind:
@@ -153,6 +161,7 @@ class Activation:
         "mark",
         "outbox",
         "outbox_bytes",
+        "positions",
         "queue",
         "recovered",
         "recovered_at",
@@ -165,6 +174,7 @@ class Activation:
         "salt",
         "scheduled",
         "seen",
+        "sensing",
         "skip",
         "starting",
         "state_json",
@@ -192,6 +202,7 @@ class Activation:
         recovered: RecoveredFrom | None,
         skip: list[int],
         steps: StepLedger | None = None,
+        positions: dict[str, Any] | None = None,
     ) -> None:
         self.runtime = runtime
         # The record itself would cost each idle agent two kilobytes.
@@ -230,6 +241,10 @@ class Activation:
         self.skip = skip
         """Signals beyond the cursor that were given to another agent (`signaling/rerouter.py`)."""
         self.step_ledger = steps
+        self.positions = positions
+        """How far each sensor has come, by name."""
+        self.sensing: SensorHost | None = None
+        """Its sensors, while they run."""
         agent.ctx._home = self
         self.commit_no = commit_no
         self.revision = revision
@@ -243,7 +258,7 @@ class Activation:
         self._waiting: dict[str, deque[OutboxItem]] | None = None
         self._awaiting: list[tuple[str, bytes]] = []
         """Replies that leave with the commit in flight or the next one."""
-        self.queue: deque[_Stored | _Ask | _Start | _Rewind] | None = None
+        self.queue: deque[_Stored | _Ask | _Start | _Rewind | _Sleep] | None = None
         self.route: Route | None = None
         self.scheduled = False
         self.behind = False
@@ -272,7 +287,7 @@ class Activation:
 
     def _on_live(self, message: Message) -> None:
         failpoint("live.received")
-        sequence, last, stored_at = _place(message.raw_headers or b"")
+        sequence, last, stored_at = place_of(message.raw_headers or b"")
         if sequence <= self.fetched:
             if is_rewound(sequence, stored_at, cursor=self.fetched, mark=self.fetched_mark):
                 self.rewound()
@@ -319,7 +334,7 @@ class Activation:
         )
         self._send_reply(reply, orjson.dumps(error_body(error)))
 
-    def _put(self, item: _Stored | _Ask | _Start | _Rewind) -> None:
+    def _put(self, item: _Stored | _Ask | _Start | _Rewind | _Sleep) -> None:
         if self.queue is None:
             self.queue = deque()
         self.queue.append(item)
@@ -361,6 +376,69 @@ class Activation:
         """Signals and asks in memory."""
         return 0 if self.queue is None else len(self.queue)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing that it does, has to do, or waits for."""
+        return not (
+            self.queue
+            or self.task is not None
+            or self.dirty
+            or self.in_flight is not None
+            or self.outbox
+            or self.committed_outbox
+            or self.starting
+            or self.behind
+            or not self.checked
+            or self.rewinding
+            or self.cautious
+            or self.stopping is not None
+            or self.failure is not None
+        )
+
+    @property
+    def has_company(self) -> bool:
+        """Whether something runs beside it that sleeping would end."""
+        return False
+
+    def sleep(self) -> None:
+        """Put it to sleep, unless something comes first."""
+        self._put(_Sleep())
+
+    async def _fall_asleep(self) -> bool:
+        """End as for a stop, but keep the place; False: something came, it goes on."""
+        assert self.queue is not None
+        if len(self.queue) > 1 or not self.runtime.is_valid():
+            return False
+        kind = type(self.agent)
+        if kind.on_stop is not Agent.on_stop or kind.skills:
+            self.agent.ctx._begin(None)
+            try:
+                await self._observed(end(self.agent, HIBERNATED), STARTING)
+                self._effects(self._checked_state(), seed=f"sleep-{self.commit_no}")
+            except Exception as error:
+                self.runtime.log.warning("on_stop failed", agent=self.id, exc_info=error)
+                self._roll_back()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.runtime.stop_timeout_s):
+                await self._wait_committed()
+                while self.outbox:
+                    await self.runtime.next_commit(self)
+                if self.committed_outbox:
+                    self.dirty = True
+                    await self._wait_committed()
+        if self.outbox or self.dirty or self.in_flight is not None or len(self.queue) > 1:
+            # Awake again, and for its handlers it has slept.
+            self.starting = True
+            self.recovered = RecoveredFrom(
+                node=self.runtime.node, epoch=self.epoch, reason=HIBERNATED
+            )
+            self.queue.insert(1, _Start())
+            return False
+        if self.stopping is not None or self.failure is not None:
+            return False
+        self.runtime.lay_down(self)
+        return True
+
     # ---- handling ---------------------------------------------------------------
 
     def resume(self) -> None:
@@ -389,6 +467,10 @@ class Activation:
                     await self._start()
                 elif isinstance(item, _Rewind):
                     await self._follow_stream()
+                elif isinstance(item, _Sleep):
+                    if await self._fall_asleep():
+                        self.queue = None
+                        return
                 else:
                     await self._handle_stored(item)
                 if self.queue:
@@ -454,6 +536,7 @@ class Activation:
             await self._get_ready()
         failpoint("report_running")
         self.runtime.report_running(self)
+        begin_sensors(self)
 
     async def _get_ready(self) -> None:
         timeout = self.runtime.ready_timeout_s
@@ -662,6 +745,9 @@ class Activation:
             self.emitted += 1
             self.dirty = True
         context._emissions = []
+        if context._sensor_orders:
+            orders, context._sensor_orders = context._sensor_orders, None
+            order_sensors(self, orders)
         if state != self.state_json:
             self.state_json = state
             self.dirty = True
@@ -881,6 +967,7 @@ class Activation:
             outbox_since=self.recovered_at if self.recovering else "",
             skip=self.skip,
             steps=self.step_ledger,
+            sensors=self.positions,
             schema_version=self._kind.version,
         )
         self.commit_no += 1
@@ -1110,6 +1197,8 @@ class Activation:
             return
         if self.route is not None:
             self.runtime.bus.unsubscribe(self.route)
+        if self.sensing is not None:
+            await self.sensing.close()
         failpoint("release.before")
         if not self.starting and self.failure is None:
             self.agent.ctx._begin(None)
@@ -1169,7 +1258,7 @@ class Activation:
         self.runtime.commit_next()
 
 
-def _place(raw: bytes) -> tuple[int, int, str]:
+def place_of(raw: bytes) -> tuple[int, int, str]:
     """Sequence, last sequence and stamp of a live copy; every signal passes here."""
     start = raw.find(b"\r\nNats-Sequence: ")
     if start < 0:

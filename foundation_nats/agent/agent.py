@@ -36,6 +36,9 @@ from foundation_nats.signaling.schedules import deadline_text
 from foundation_schemas import RecoveredFrom, Subscription, SubscriptionMode, Target
 from foundation_schemas.base import is_name
 
+if typing.TYPE_CHECKING:
+    from foundation_nats.agent.sensors.sensor import Sensor
+
 
 class Verdict(BaseModel):
     """What a person says of a step in doubt."""
@@ -69,8 +72,15 @@ class Agent:
     """Parts that bring state, handlers, actions and sensors of their own; see `Skill`."""
     middleware: ClassVar[typing.Sequence[Middleware]] = ()
     """What stands around its handlers, the first outermost; see `Middleware`."""
+    sensors: ClassVar[typing.Sequence[Sensor]] = ()
+    """What it senses of the outside while it runs; see `foundation_nats.agent.sensors`."""
     critical: ClassVar[bool] = False
     """Whether it is restarted elsewhere at once when its node is lost."""
+
+    hibernate_after: ClassVar[float | None] = None
+    """Seconds without a signal after which it sleeps: its memory is freed, and the next signal wakes
+    it. `on_stop("hibernated")` is called before, `on_start` after. None: `worker.hibernate_after_s`.
+    Not for agents that are not durable or have sensors."""
 
     state: Any
     ctx: Context

@@ -34,6 +34,7 @@ from foundation_schemas import Target
 from foundation_schemas.base import check_name
 
 if typing.TYPE_CHECKING:
+    from foundation_nats.agent.sensors.sensor import Sensor
     from foundation_nats.bus.connection import Bus
     from foundation_nats.bus.subjects import Subjects
 
@@ -79,6 +80,7 @@ class Context:
         "_home",
         "_keys",
         "_offload",
+        "_sensor_orders",
         "_stop_reason",
         "agent_id",
         "bus",
@@ -109,6 +111,7 @@ class Context:
         self._guards: Guards | None = None
         self._offload: Offload | None = None
         self._home: StepHome | None = None
+        self._sensor_orders: list[Sensor | str] | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -369,8 +372,21 @@ class Context:
         """Stop this agent after the signal in hand; a permanent one is started again."""
         self._stop_reason = reason
 
+    def start_sensor(self, sensor: Sensor) -> None:
+        """Run a sensor beside the declared ones, once the effects of the signal in hand are stored.
+
+        It replaces one of its name, and ends with this activation: what shall always run is declared,
+        or started in `on_start`.
+        """
+        self._sensor_orders = [*(self._sensor_orders or ()), sensor]
+
+    def stop_sensor(self, name: str) -> None:
+        """End the sensor of this name, once the effects of the signal in hand are stored."""
+        self._sensor_orders = [*(self._sensor_orders or ()), name]
+
     def _begin(self, signal: Signal[Any] | None) -> None:
         self.signal = signal
+        self._sensor_orders = None
         self._emissions = []
         self._keys = 0
 

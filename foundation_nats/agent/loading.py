@@ -12,6 +12,7 @@ from pathlib import Path
 
 from foundation_nats.agent.agent import Agent, provided, subscribed
 from foundation_nats.agent.handling import handlings
+from foundation_nats.agent.sensors.sensor import check_sensors
 from foundation_nats.agent.state import dump_state, first_state
 from foundation_nats.base import frames
 from foundation_nats.errors import ConfigError, FoundationError
@@ -79,6 +80,7 @@ def load_class(run: str) -> type[Agent]:
     handlings(found)
     provided(found)
     subscribed(found)
+    check_sensors(found)
     try:
         dump_state(first_state(found.State))
     except FoundationError as error:

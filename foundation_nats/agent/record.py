@@ -51,6 +51,7 @@ def encode_record(
     outbox_since: str = "",
     skip: Sequence[int] = (),
     steps: StepLedger | None = None,
+    sensors: dict[str, Any] | None = None,
     schema_version: int = 1,
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
@@ -84,6 +85,8 @@ def encode_record(
         body["skip"] = skip
     if steps:
         body["steps"] = steps.encoded()
+    if sensors:
+        body["sensors"] = sensors
     return orjson.dumps(body)
 
 

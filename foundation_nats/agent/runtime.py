@@ -18,15 +18,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from datetime import timedelta
 from secrets import token_hex
+from typing import Any
 
 import orjson
 
 from foundation_nats.agent.activation import Activation
 from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.context import Context
+from foundation_nats.agent.dormitory import Dormitory
 from foundation_nats.agent.guards import Guards
 from foundation_nats.agent.loading import describe, load_class
 from foundation_nats.agent.offload import Offload
@@ -153,6 +155,7 @@ class Runtime:
         self._era = 0
         """Counts the moments since which the stream may have gone back."""
         self._stream_is: tuple[str, str] | None = None
+        self._dormitory = Dormitory(self, host.scope, after_s=config.worker.hibernate_after_s)
         host.scope.start(self._sweep_loop(config.mailbox.sweep_every_s), "sweep")
         host.scope.start(self._clear_loop(), "clear")
         host.scope.start(self._offload.until_closed(), "offload")
@@ -166,13 +169,14 @@ class Runtime:
         """Activate these agents; see `Workload.start`."""
         fresh = []
         for record in records:
+            self._wake_no_more(record.id, record.epoch - 1)
             known = self._activations.get(record.id)
             claiming = self._claiming.get(record.id, 0)
             if known is not None and known.epoch < record.epoch:
                 # Assigned anew to this very worker: the old activation is over.
                 known.fail(FencedError(f"{record.id} was claimed anew."))
                 known = None
-            if known is None and claiming < record.epoch:
+            if known is None and claiming < record.epoch and not self._sleeps(record):
                 self._claiming[record.id] = record.epoch
                 fresh.append(record)
         try:
@@ -190,11 +194,22 @@ class Runtime:
             if activation is not None and activation.epoch <= epoch:
                 ending.append(self._end(activation, reason))
             elif activation is None:
+                self._wake_no_more(agent, epoch)
                 if 0 < self._claiming.get(agent, 0) <= epoch:
                     self._claiming[agent] = 0  # the claim that is under way ends in nothing
                 self._report(agent, epoch, AgentStatus.STOPPED, reason)
         if ending:
             await asyncio.gather(*ending)
+
+    def _sleeps(self, record: AgentRecord) -> bool:
+        sleeper = self._dormitory.sleepers.get(record.id)
+        return sleeper is not None and sleeper.epoch >= record.epoch
+
+    def _wake_no_more(self, agent: str, epoch: int) -> None:
+        """If it sleeps here under *epoch* or an earlier one, it is not ours any more."""
+        sleeper = self._dormitory.remove(agent, epoch=epoch)
+        if sleeper is not None:
+            self._fingerprint ^= mark(agent, sleeper.epoch)
 
     async def _end(self, activation: Activation, reason: str) -> None:
         stopped = activation.stop(reason)
@@ -210,7 +225,8 @@ class Runtime:
         """End what others were given meanwhile; see `Workload.review`."""
         held = list(self._activations.values())
         claiming = {agent: epoch for agent, epoch in self._claiming.items() if epoch}
-        agents = [*{*claiming, *(item.id for item in held)}]
+        asleep = list(self._dormitory.sleepers.values())
+        agents = [*{*claiming, *(item.id for item in held), *(item.id for item in asleep)}]
         if not agents:
             return
         entries = await self._registry.read_many(agents, by_now=True)
@@ -222,6 +238,9 @@ class Runtime:
         for activation in held:
             if mine.get(activation.id) != activation.epoch:
                 activation.fail(FencedError(f"{activation.id} was given to another meanwhile."))
+        for sleeper in asleep:
+            if mine.get(sleeper.id) != sleeper.epoch:
+                self._wake_no_more(sleeper.id, sleeper.epoch)
         for agent, epoch in claiming.items():
             if mine.get(agent) != epoch and self._claiming.get(agent) == epoch:
                 self._claiming[agent] = 0
@@ -234,7 +253,8 @@ class Runtime:
 
     def running(self) -> dict[str, int]:
         """Id to epoch of every activation in memory."""
-        return {agent: item.epoch for agent, item in self._activations.items()}
+        asleep = {agent: item.epoch for agent, item in self._dormitory.sleepers.items()}
+        return {agent: item.epoch for agent, item in self._activations.items()} | asleep
 
     def fingerprint(self) -> int:
         """Changes whenever `running` does; one that holds the same shows the same."""
@@ -253,14 +273,17 @@ class Runtime:
     def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
         """What the agents of these deployments have to do, of those in memory."""
         found: dict[str, list[Activation]] = {}
+        sleeping: dict[str, int] = {}
         for item in self._activations.values():
-            # Ids of replicas are NAME-0, NAME-1 …; no other agent may be called like that.
-            name = item.id.rpartition("-")[0]
-            if name not in deployments:
-                name = item.id
-            if name in deployments:
+            if (name := _deployment_of(item.id, deployments)) is not None:
                 found.setdefault(name, []).append(item)
-        return {name: _measured(items) for name, items in found.items()}
+        for agent in self._dormitory.sleepers:
+            if (name := _deployment_of(agent, deployments)) is not None:
+                sleeping[name] = sleeping.get(name, 0) + 1
+        return {
+            name: _measured(found.get(name, []), sleeping.get(name, 0))
+            for name in found.keys() | sleeping.keys()
+        }
 
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Committed cursors that moved since the last call, and the signals consumed so far."""
@@ -419,6 +442,7 @@ class Runtime:
             steps=StepLedger(stored.steps, bytes_max=self.steps_max_bytes)
             if stored and stored.steps
             else None,
+            positions=stored.sensors or None if stored else None,
         )
         if stored is not None and outbox:
             # A claim rewrites the record: what it found in the outbox is as old as before.
@@ -447,6 +471,7 @@ class Runtime:
             outbox_since=activation.recovered_at,
             skip=activation.skip,
             steps=activation.step_ledger,
+            sensors=activation.positions,
             schema_version=cls.State.version,
         )
         return activation, payload
@@ -685,7 +710,7 @@ class Runtime:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._sweep_now.wait(), every_s * random.uniform(0.8, 1.2))
             self._sweep_now.clear()
-            if not self._activations:
+            if not self._activations and not self._dormitory.sleepers:
                 continue
             try:
                 info = await self.signals.info()
@@ -699,6 +724,7 @@ class Runtime:
                 if last == before and times >= _SWEEPS and all_checked:
                     continue
                 await self._look_for_unread(list(self._activations.values()))
+                await self._look_for_sleepers(last)
                 self._swept_to = (last, times + 1 if last == before else 1)
             except (BusError, FoundationError) as error:
                 self.log.debug("sweep put off", error=str(error))
@@ -721,6 +747,15 @@ class Runtime:
                     item.fall_behind()  # it looks more closely first
         for subject, activation in by_subject.items():
             self._compare(activation, found.get(subject), era)
+
+    async def _look_for_sleepers(self, newest: int) -> None:
+        sleepers = {
+            self.subjects.mailbox(item.id): item for item in self._dormitory.sleepers.values()
+        }
+        if sleepers:
+            found = await self.signals.last_of_by_now(sleepers, newest=newest)
+            for subject, sleeper in sleepers.items():
+                sleeper.compare(found.get(subject))
 
     def _compare(self, activation: Activation, last: StoredMessage | None, era: int) -> None:
         """What the last message of its mailbox says to an activation."""
@@ -750,6 +785,10 @@ class Runtime:
                 f"A signal of {len(body):,} bytes for {subject} exceeds the limit of {limit:,}.",
                 hint="Send a reference to the data instead.",
             )
+
+    def background(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run something beside the handlers; whoever asks for it ends it."""
+        return self._host.scope.start(coroutine, name)
 
     def retry_delay(self, attempt: int) -> float:
         """Back-off before the next attempt, with jitter."""
@@ -926,8 +965,45 @@ class Runtime:
 
     # ---- ends -------------------------------------------------------------------
 
+    def revive(self, record: AgentRecord, cls: type[Agent], entry: Entry) -> Activation:
+        """An activation that goes on from *entry* under the epoch that it has: nothing is claimed.
+
+        Raises:
+            FencedError, StateInvalidError, ConfigError
+        """
+        activation, _ = self._prepare(record, cls, entry)
+        activation.revision = entry.revision
+        self._activations[record.id] = activation
+        if activation.outbox:
+            self._host.scope.start(self._recover_outbox(activation), "recover-outbox")
+        return activation
+
+    def lay_down(self, activation: Activation) -> None:
+        """It sleeps from now on; its fingerprint stays, because it is still here."""
+        del self._activations[activation.id]
+        self._parked.discard(activation)
+        self._clear.pop(activation, None)
+        self._moved.add(activation)
+        self.committed(activation)
+        self._dormitory.lay_down(activation)
+        self._report(activation.id, activation.epoch, AgentStatus.HIBERNATED, None)
+
+    def holds(self, activation: Activation) -> bool:
+        """Whether it is still one of ours."""
+        return self._activations.get(activation.id) is activation
+
+    def gone(self, agent: str, epoch: int, error: FoundationError) -> None:
+        """One that slept can't wake."""
+        self._fingerprint ^= mark(agent, epoch)
+        if isinstance(error, FencedError):
+            self._report(agent, epoch, AgentStatus.STOPPED, "fenced")
+        else:
+            self.log.error("agent failed", agent=agent, error=str(error))
+            self._report(agent, epoch, AgentStatus.FAILED, str(error))
+
     def report_running(self, activation: Activation) -> None:
         """It has started."""
+        self._dormitory.admit(activation)
         self._report(activation.id, activation.epoch, AgentStatus.RUNNING, None)
 
     def stop_one(self, activation: Activation, reason: str) -> None:
@@ -951,6 +1027,8 @@ class Runtime:
             self._report(activation.id, activation.epoch, AgentStatus.FAILED, str(error))
 
     def _forget(self, activation: Activation) -> bool:
+        if activation.sensing is not None:
+            activation.sensing.stop()
         if self._activations.get(activation.id) is not activation:
             return False
         del self._activations[activation.id]
@@ -985,11 +1063,17 @@ def _is_durable(record: AgentRecord, cls: type[Agent]) -> bool:
     return record.spec.durable and cls.durable
 
 
-def _measured(items: Sequence[Activation]) -> DeploymentMeasure:
+def _deployment_of(agent: str, deployments: Collection[str]) -> str | None:
+    # Ids of replicas are NAME-0, NAME-1 …; no other agent may be called like that.
+    name = agent.rpartition("-")[0]
+    return name if name in deployments else agent if agent in deployments else None
+
+
+def _measured(items: Sequence[Activation], sleeping: int) -> DeploymentMeasure:
     gauges: dict[str, list[float]] = {}
     for item in items:
         for name, value in item.agent.ctx._gauges.items():
             gauges.setdefault(name, []).append(value)
     return DeploymentMeasure(
-        agents=len(items), backlog=sum(item.backlog for item in items), gauges=gauges
+        agents=len(items) + sleeping, backlog=sum(item.backlog for item in items), gauges=gauges
     )

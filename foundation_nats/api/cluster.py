@@ -274,7 +274,7 @@ class Cluster:
                 if not moves or arrived or monotonic() + _ASK_AGAIN_S >= ends:
                     raise why from None
                 # On its way to another node, or just there: nobody has seen the question.
-                arrived = why.details.get("status") == AgentStatus.RUNNING
+                arrived = why.details.get("status") in (AgentStatus.RUNNING, AgentStatus.HIBERNATED)
                 await asyncio.sleep(_MOVING_S)
             except AgentUnavailableError as error:
                 # Refused before anybody has handled it: asking again is safe.
@@ -341,12 +341,12 @@ class Cluster:
         except AgentNotFoundError as error:
             return error, False
         origin = info.recovered_from
-        moved = origin is not None and origin.reason == "moved"
-        moved &= info.status in (AgentStatus.STARTING, AgentStatus.RUNNING)
+        moved = origin is not None and origin.reason in ("moved", "reloaded")
+        moved &= info.status is AgentStatus.STARTING or info.is_running
         return self._unavailable(agent, info), moved or info.status is AgentStatus.MOVING
 
     def _unavailable(self, agent: str, info: AgentInfo) -> AgentUnavailableError:
-        if info.status is AgentStatus.RUNNING:
+        if info.is_running:
             return AgentUnavailableError(
                 f"Nobody answers for agent {agent}, which is registered on node {info.node}.",
                 hint="The node may just have died: the agent will be recovered. Ask again.",
@@ -370,7 +370,7 @@ class Cluster:
             found = await self.agents.list(deployment=target.name)
         else:
             found = await self.agents.find(target.name)
-        running = [info.id for info in found if info.status is AgentStatus.RUNNING]
+        running = [info.id for info in found if info.is_running]
         if not running:
             raise AgentUnavailableError(f"No running agent is behind {target}.")
         return random.choice(running)

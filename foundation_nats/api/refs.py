@@ -59,13 +59,18 @@ class AgentInfo(WireModel):
     failures: int = 0
     since: str | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a node holds it, awake or asleep."""
+        return self.status in (AgentStatus.RUNNING, AgentStatus.HIBERNATED)
+
     @classmethod
     def of(cls, record: AgentRecord) -> AgentInfo:
         """The public side of a registry record."""
         return cls(
             id=record.id,
             node=record.node,
-            status=record.status,
+            status=AgentStatus.HIBERNATED if record.hibernates else record.status,
             epoch=record.epoch,
             deployment=record.deployment,
             capabilities=list(record.spec.capabilities),

@@ -183,18 +183,26 @@ def trace(error: BaseException, limit: int = TRACE_MAX) -> str:
     Causes are told as Python does, each without our frames. At most *limit* characters; what is
     left out is in the middle.
     """
-    frame = user_frame(of_traceback(error.__traceback__))
-    head = ""
-    if frame is not None and not isinstance(error, SyntaxError):
-        source = frame.source
-        head = f"{frame.place}" + (f"\n    {source}" if source else "") + "\n"
-        head += _said(error) + "\n"
-    return _cut(head + "\n".join(_chain(error, _CHAIN_MAX)), limit)
+    found = of_traceback(error.__traceback__)
+    frame = user_frame(found)
+    if frame is None or isinstance(error, SyntaxError):
+        return _cut(trimmed(error), limit)
+    source = frame.source
+    head = f"{frame.place}" + (f"\n    {source}" if source else "") + "\n"
+    if without_ours(found) == [frame] and not _has_more(error):
+        return _cut(head + "".join(traceback.format_exception_only(error)).rstrip("\n"), limit)
+    return _cut(f"{head}{_said(error)}\n{trimmed(error)}", limit)
 
 
 def trimmed(error: BaseException) -> str:
     """The traceback of *error* in Python's own form, without our frames."""
     return "\n".join(_chain(error, _CHAIN_MAX))
+
+
+def _has_more(error: BaseException) -> bool:
+    """Whether others led to it, or are in it."""
+    before = None if error.__suppress_context__ else error.__context__
+    return bool(error.__cause__ or before or isinstance(error, BaseExceptionGroup))
 
 
 def _chain(error: BaseException, left: int) -> list[str]:
@@ -262,10 +270,12 @@ def _cut(text: str, limit: int) -> str:
 def stack_text(frames: Sequence[Frame]) -> str:
     """What a stack is doing: the user's frame first, then the way there without our frames."""
     frame = user_frame(frames)
-    lines = (
-        [] if frame is None else [frame.place, *([f"    {frame.source}"] if frame.source else [])]
-    )
-    lines += ["Stack (most recent call last):", *listing(without_ours(frames))]
+    lines: list[str] = []
+    if frame is not None:
+        lines = [frame.place, *([f"    {frame.source}"] if frame.source else [])]
+    rest = without_ours(frames)
+    if rest != [frame]:
+        lines += ["Stack (most recent call last):", *listing(rest)]
     return _cut("\n".join(lines), TRACE_MAX)
 
 

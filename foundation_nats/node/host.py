@@ -35,7 +35,7 @@ from foundation_nats.node.admission import Admission
 from foundation_nats.node.blackbox import STARTING, Suspect
 from foundation_nats.node.hosting import mark
 from foundation_nats.node.trimmer import Trimmer
-from foundation_nats.node.workers import Workers
+from foundation_nats.node.workers import RELOADED, Workers
 from foundation_schemas import (
     AgentRecord,
     AgentReport,
@@ -48,6 +48,7 @@ from foundation_schemas import (
     WorkerReport,
 )
 
+_LIVES = (AgentStatus.RUNNING, AgentStatus.HIBERNATED)
 _CHUNK = 200
 _RETRY_S = 0.2
 _AUDIT_EVERY_S = 3.0
@@ -118,8 +119,14 @@ class Host:
         self._refused: dict[str, Change] = {}
         """Assignments that exceed what this node has, and what to make of their records."""
         self._refused_at: dict[str, float] = {}
+        self._woken: set[str] = set()
+        """Whose report that they run is about waking up."""
         self._lost: dict[str, str] = {}
         """Agents whose worker died: id to the worker."""
+        self._reloading: dict[str, set[str]] = {}
+        """Workers that end to go on with new code: worker to the agents it has put down."""
+        self._reloaded: set[str] = set()
+        """Agents, of those in `_lost`, whose worker ended so."""
         self._suspects: dict[str, tuple[int, str]] = {}
         """Agents whose handler ended its worker: id to (sequence of the signal, how it ended)."""
         self._loads: dict[str, Load] = {}
@@ -201,6 +208,9 @@ class Host:
         ]
         self._trimmer.note(report.consumed, prompt=forgetful)
         for change in report.changes:
+            if change.reason == RELOADED and report.worker in self._reloading:
+                self._reloading[report.worker].add(change.id)
+                continue  # it stays here: its record is written when its worker is gone
             known = self._reports.get(change.id)
             if known is None or known.epoch <= change.epoch:
                 self._reports[change.id] = change
@@ -221,6 +231,20 @@ class Host:
         lost = [agent for agent, placed in self._placed.items() if placed.worker == worker]
         self._forget_worker(worker)
         self._lost.update((agent, worker) for agent in lost)
+        self._wake.set()
+        if self._reloading.pop(worker, None) is not None and cause == RELOADED:
+            self._reloaded.update(lost)
+            text = f"Worker {worker} goes on with new code, with {len(lost)} agents."
+            self._emit(
+                "worker",
+                RELOADED,
+                text,
+                node=self._node,
+                worker=worker,
+                agents=len(lost),
+                lost=lost[:_NAMED_MAX],
+            )
+            return
         blame = ""
         if suspect is not None and suspect.agent in lost:
             self._suspects[suspect.agent] = (suspect.sequence, cause)
@@ -238,7 +262,6 @@ class Host:
             lost=lost[:_NAMED_MAX],
             **({"stack": stack} if stack else {}),
         )
-        self._wake.set()
 
     def _forget_worker(self, worker: str) -> None:
         """What was on its way to a dead process is lost, and so is what it had."""
@@ -262,6 +285,8 @@ class Host:
         self._reports.clear()
         self._refused.clear()
         self._lost.clear()
+        self._reloading.clear()
+        self._reloaded.clear()
         self._suspects.clear()
         self._admission.begin(incarnation)
         self._touch_mine()
@@ -296,7 +321,7 @@ class Host:
         """What has ended, by its worker's report, is held no more."""
         for agent, report in self._reports.items():
             placed = self._placed.get(agent)
-            if report.status is not AgentStatus.RUNNING and (
+            if report.status not in _LIVES and (
                 placed is not None and placed.epoch == report.epoch
             ):
                 self._unplace(agent)
@@ -318,6 +343,7 @@ class Host:
                 or held.record.status is AgentStatus.FAILED  # it has a back-off to wait for
             ):
                 self._lost.pop(agent)
+                self._reloaded.discard(agent)
                 self._suspects.pop(agent, None)
                 self._unplace(agent)
                 self._touched.add(agent)
@@ -331,6 +357,7 @@ class Host:
                 retry = True
             else:
                 self._lost.pop(change.id, None)
+                self._reloaded.discard(change.id)
                 self._suspects.pop(change.id, None)
                 if change.record is not None and change.record.status is AgentStatus.FAILED:
                     self._unplace(change.id)  # it ended with its worker
@@ -355,7 +382,7 @@ class Host:
         origin = RecoveredFrom(
             node=self._node,
             epoch=record.epoch,
-            reason="worker_died",
+            reason=RELOADED if record.id in self._reloaded else "worker_died",
             sequence=sequence or None,
             cause=cause or None,
         )
@@ -419,10 +446,15 @@ class Host:
             return None
         update: dict[str, object]
         match report.status:
-            case AgentStatus.RUNNING:
-                if record.status is AgentStatus.RUNNING or record.desired != "run":
+            case AgentStatus.RUNNING | AgentStatus.HIBERNATED:
+                asleep = report.status is AgentStatus.HIBERNATED
+                runs = record.status is AgentStatus.RUNNING
+                if record.desired != "run" or (runs and record.asleep == asleep):
                     return None
                 update = {"status": AgentStatus.RUNNING, "reason": None, "failures": 0}
+                update["asleep"] = asleep
+                if runs and not asleep:
+                    self._woken.add(record.id)
             case AgentStatus.FAILED:
                 update = {
                     "status": AgentStatus.FAILED,
@@ -475,6 +507,9 @@ class Host:
             AgentStatus.STOPPED: "stopped",
             AgentStatus.PENDING: "drained",
         }.get(record.status)
+        if what == "started" and (record.asleep or record.id in self._woken):
+            self._woken.discard(record.id)
+            return  # it comes and goes with its signals, which is no news
         if what is None:
             return
         recovered = record.recovered_from
@@ -501,7 +536,7 @@ class Host:
         touched, self._touched = self._touched, set()
         starts: dict[str, list[AgentRecord]] = {}
         stops, self._unstopped = self._unstopped, {}
-        ready = self._workers.ready()
+        ready = [worker for worker in self._workers.ready() if worker not in self._reloading]
         for agent in touched:
             if agent in self._lost:
                 continue
@@ -559,11 +594,7 @@ class Host:
     def _has_ended(self, record: AgentRecord) -> bool:
         """Whether its end under this epoch was reported, and only its record doesn't say so yet."""
         report = self._reports.get(record.id)
-        return (
-            report is not None
-            and report.epoch == record.epoch
-            and report.status is not AgentStatus.RUNNING
-        )
+        return report is not None and report.epoch == record.epoch and report.status not in _LIVES
 
     def _may_begin(self, record: AgentRecord) -> bool:
         """Whether a record that names this node and life wants an activation of it."""
@@ -701,6 +732,8 @@ class Host:
         while True:
             await asyncio.sleep(_AUDIT_EVERY_S)
             for worker in self._workers.ready():
+                if worker in self._reloading:
+                    continue
                 seen = self._seen.get(worker)
                 pair = (self._expected[worker], seen or 0)
                 if seen is None or seen == self._expected[worker] or self._draining is not None:
@@ -748,6 +781,55 @@ class Host:
             waiting[agent] = max(epoch, waiting.get(agent, 0))
         self._lost.update((agent, worker) for agent in missing)
         self._wake.set()
+
+    # ---- new code -----------------------------------------------------------------
+
+    def modules(self) -> set[str]:
+        """The modules that the agents here come from."""
+        return {placed.record.spec.run.partition(":")[0] for placed in self._placed.values()}
+
+    async def put_down(self, worker: str, *, timeout: float) -> list[str]:
+        """Let a worker's agents stop in good order; those that did not in time.
+
+        They stay this node's and start again when the worker has ended, which the caller sees to.
+        """
+        down = self._reloading[worker] = set()
+        agents = {a: placed.epoch for a, placed in self._placed.items() if placed.worker == worker}
+        if not agents or worker not in self._workers.ready():
+            return []
+        subject = self._subjects.control_worker(worker, "stop")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline), self._orders[worker]:
+                request = StopRequest(agents=agents, reason=RELOADED)
+                await rpc.tell(self._bus, subject, request, timeout=timeout)
+        except (FoundationError, TimeoutError) as error:
+            self._log.info("worker not told to stop its agents", worker=worker, error=str(error))
+            return sorted(agents)
+        while late := [
+            agent
+            for agent, epoch in agents.items()
+            if agent not in down
+            and (placed := self._placed.get(agent)) is not None
+            and (placed.worker, placed.epoch) == (worker, epoch)
+        ]:
+            if loop.time() >= deadline:
+                return sorted(late)
+            await asyncio.sleep(0.005)
+        return []
+
+    async def wait_running(self, *, timeout: float) -> None:
+        """Until all that this node holds has started, as far as that is so in time."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while asyncio.get_running_loop().time() < deadline and (
+            self._lost
+            or any(
+                held.record.status is AgentStatus.STARTING
+                for held in self._registry.on_node(self._node)
+            )
+        ):
+            await asyncio.sleep(0.01)
 
     # ---- end ----------------------------------------------------------------------
 

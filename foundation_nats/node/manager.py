@@ -50,6 +50,7 @@ from foundation_nats.errors import (
 from foundation_nats.node.blackbox import Suspect, importing
 from foundation_nats.node.capacity import detected
 from foundation_nats.node.host import Host
+from foundation_nats.node.preparing import discard
 from foundation_nats.node.spawning import WORKER_MODULE, Child, worker_count
 from foundation_nats.node.trimmer import Trimmer
 from foundation_nats.node.worker import WorkerOrders
@@ -68,6 +69,8 @@ from foundation_schemas import (
     MeasureRequest,
     NodeRecord,
     NodeStatus,
+    ReloadReply,
+    ReloadRequest,
     RttReply,
     RttRequest,
     ValidateReply,
@@ -85,6 +88,8 @@ _CPU_SMOOTHING = 0.2
 _LOAD_EVERY_S = 1.0
 """Less often than heartbeats: to read it from the kernel costs more than to send one."""
 _RTT_TIMEOUT_MAX_S = 10.0
+_RELOAD_PATIENCE_MAX_S = 60.0
+_RELOAD_READY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,7 @@ class NodeManager:
         self._describing: dict[str, list[asyncio.Future[tuple[str, Suspect | None]]]] = {}
         """Per worker, who waits for what it finds behind class names."""
         self._rejoining = False
+        self._reload_lock = asyncio.Lock()
         self._has_left = False
         self._micro: MicroService | None = None
         self._draining = False
@@ -247,6 +253,7 @@ class NodeManager:
             "heartbeat": self._heartbeat,
             "force_failover": self._force_failover,
             "rtt": self._rtt,
+            "reload": self._reload,
             "stop": self._stop_asked,
         }
         for verb, handler in verbs.items():
@@ -433,6 +440,34 @@ class NodeManager:
                     gauges=gauges,
                 )
         return MeasureReply(deployments=sums, cpu=self._load().cpu)
+
+    async def _reload(self, data: bytes) -> WireModel:
+        """New workers with the code as it is now; nothing changes if that can't be imported."""
+        assert self._host is not None
+        request = rpc.decode(ReloadRequest, data)
+        host = self._host
+        async with self._reload_lock:
+            if self._draining or self._rejoining:
+                raise ConflictError(f"Node {self.name} is leaving, or joins anew.")
+            modules = {*self._options.imports, *request.modules, *host.modules()}
+            children = await self._workers.prepare(sorted(modules))
+            agents = len(host.agents())
+            patience_s = max(0.0, min(request.patience_s, _RELOAD_PATIENCE_MAX_S))
+
+            async def one(worker: str, child: Child) -> list[str]:
+                try:
+                    late = await host.put_down(worker, timeout=patience_s)
+                except BaseException:
+                    discard(child)
+                    raise
+                await self._workers.replace(worker, child, timeout=_RELOAD_READY_S)
+                return late
+
+            late = await asyncio.gather(*map(one, self._workers.ids, children))
+            forced = sorted(agent for some in late for agent in some)
+            await host.wait_running(timeout=max(1.0, patience_s))
+        self._log.info("reloaded", modules=",".join(sorted(modules)), agents=agents)
+        return ReloadReply(workers=len(children), agents=agents, forced=forced)
 
     async def _force_failover(self, _data: bytes) -> None:
         assert self._membership is not None

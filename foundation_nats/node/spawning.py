@@ -15,6 +15,8 @@ from foundation_nats.node import blackbox
 
 WORKER_MODULE = "foundation_nats.api.worker"
 """What a worker process runs: the composition root of a worker that hosts agents."""
+ANSWER = "FOUNDATION_ANSWER"
+"""The variable with the number of a pipe to answer by."""
 
 
 def worker_count(wanted: int | None) -> int:
@@ -29,8 +31,11 @@ class Child(NamedTuple):
     box: IO[bytes]
 
 
-def spawn(module: str = WORKER_MODULE) -> Child:
-    """Start ``python -m module`` as a child that ends with this process and waits for its orders."""
+def spawn(module: str = WORKER_MODULE, *, answer: int | None = None) -> Child:
+    """Start ``python -m module`` as a child that ends with this process and waits for its orders.
+
+    *answer* is a pipe by which it can say how it got ready (`preparing.py`).
+    """
     path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     box = blackbox.create()
     number = box.fileno()
@@ -39,12 +44,14 @@ def spawn(module: str = WORKER_MODULE) -> Child:
         "PYTHONPATH": os.pathsep.join(path),
         blackbox.VARIABLE: str(number),
     }
+    if answer is not None:
+        environment[ANSWER] = str(answer)
     process = subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         env=environment,
         start_new_session=True,
-        pass_fds=(number,),
+        pass_fds=(number,) if answer is None else (number, answer),
         # Started from the main thread, which lives as long as the manager: the
         # kernel ties the death signal to the thread that forked.
         preexec_fn=die_with_parent(os.getpid()),

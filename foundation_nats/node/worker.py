@@ -28,6 +28,7 @@ from foundation_nats.config import Config
 from foundation_nats.errors import BusError, FoundationError
 from foundation_nats.node.blackbox import BlackBox
 from foundation_nats.node.hosting import HostContext, Workload, WorkloadFactory
+from foundation_nats.node.preparing import carry_out
 from foundation_nats.node.watchdog import Blocked, Watchdog
 from foundation_schemas import (
     AgentReport,
@@ -297,6 +298,8 @@ def _end_with_manager() -> None:
 async def serve(factory: WorkloadFactory) -> int:
     """Be a worker, as told on standard input, until the manager ends or this node is down."""
     line = sys.stdin.buffer.readline()
+    if line and carry_out(line):
+        line = sys.stdin.buffer.readline()
     if not line:
         return 0
     orders = WorkerOrders.model_validate_json(line)

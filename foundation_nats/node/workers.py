@@ -26,11 +26,13 @@ from foundation_nats.config import WorkerConfig
 from foundation_nats.errors import BusError, BusTimeoutError, FoundationError
 from foundation_nats.node import blackbox
 from foundation_nats.node.blackbox import Suspect
+from foundation_nats.node.preparing import discard, prepare
 from foundation_nats.node.spawning import Child, spawn
 from foundation_nats.node.supervision import (
     Escalate,
     Exited,
     GiveUp,
+    Removed,
     Restart,
     Started,
     Supervisor,
@@ -38,6 +40,8 @@ from foundation_nats.node.supervision import (
 from foundation_nats.node.worker import WorkerOrders
 from foundation_schemas import Pong
 
+RELOADED = "reloaded"
+"""Why a worker, and every agent in it, ends to go on with new code."""
 _PING_EVERY_S = 1.0
 _QUIET_S = 2.5
 """Longer than an idle worker takes from one report to the next."""
@@ -61,6 +65,8 @@ class WorkerProcess:
     """Why it was killed from here."""
     stack: str = ""
     """What it was doing when it was killed because it hung."""
+    successor: Child | None = None
+    """It ends in order to be replaced by this one."""
 
     @property
     def pid(self) -> int:
@@ -239,6 +245,13 @@ class Workers:
     async def _restart(self, entry: WorkerProcess, code: int) -> None:
         if self._closing:
             return
+        if entry.successor is not None:
+            entry.box.close()
+            entry.ready = False
+            self._on_died(entry.id, RELOADED, None, "")
+            self._supervisor.step(Removed(entry.id), monotonic())
+            self._begin(entry.id, entry.successor)
+            return
         cause = entry.cause or (f"signal {-code}" if code < 0 else f"exit code {code}")
         suspect = blackbox.read(entry.box)
         entry.box.close()
@@ -258,9 +271,38 @@ class Workers:
                 case Restart(worker, delay_s):
                     await asyncio.sleep(delay_s)
                     if not self._closing:
-                        self._begin(worker, spawn(self._module))
+                        self._begin(worker, entry.successor or spawn(self._module))
                 case Escalate(_, reason) | GiveUp(_, reason):
                     self._on_exhausted(f"worker {entry.id} is not restarted: {reason}")
+
+    async def prepare(self, imports: Sequence[str]) -> list[Child]:
+        """New processes for all workers, which have imported *imports*.
+
+        Raises:
+            ConfigError: one can't be imported; none is left.
+        """
+        tries = [prepare(self._module, imports, timeout=_READY_TIMEOUT_S) for _ in self._orders]
+        found = await asyncio.gather(*tries, return_exceptions=True)
+        children = [item for item in found if isinstance(item, Child)]
+        for item in found:
+            if isinstance(item, BaseException):
+                for child in children:
+                    discard(child)
+                raise item
+        return children
+
+    async def replace(self, worker: str, child: Child, *, timeout: float) -> None:
+        """End a worker's process, and go on with *child*; returns when that answers, or is late."""
+        entry = self._workers[worker]
+        entry.ready = False
+        entry.successor = child
+        entry.process.kill()
+        deadline = monotonic() + timeout
+        while monotonic() < deadline:
+            now = self._workers[worker]
+            if now is not entry and now.ready:
+                return
+            await asyncio.sleep(0.005)
 
     def replace_all(self, orders: Sequence[WorkerOrders]) -> None:
         """End every worker and start each anew under new orders: the node has a new incarnation."""
@@ -273,8 +315,10 @@ class Workers:
         """End every worker process and reap it."""
         self._closing = True
         processes = [entry.process for entry in self._workers.values()]
-        processes += [child.process for child in self._spare]
-        for box in [entry.box for entry in self._workers.values()] + [c.box for c in self._spare]:
+        spare = [*self._spare]
+        spare += [entry.successor for entry in self._workers.values() if entry.successor]
+        processes += [child.process for child in spare]
+        for box in [entry.box for entry in self._workers.values()] + [c.box for c in spare]:
             box.close()
         for process in processes:
             if process.poll() is None:

@@ -29,6 +29,7 @@ from foundation_nats.agent.failing import handler_error
 from foundation_nats.agent.handling import handlings, is_notice, unhandled, validated
 from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.offload import Offload
+from foundation_nats.agent.sensors.sensor import Event, Sensor
 from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.state import dump_state, first_state, load_state, restore_state
 from foundation_nats.agent.steps import StepLedger
@@ -45,6 +46,7 @@ from foundation_nats.errors import (
     UnhandledSignalError,
 )
 from foundation_nats.signaling.schedules import Timer
+from foundation_nats.testing.sensing import UNSET, Sensing
 from foundation_schemas import RecoveredFrom, StepRecord, StepStatus
 
 A = TypeVar("A", bound=Agent)
@@ -198,6 +200,7 @@ class AgentHarness(Generic[A]):
         self._offload = Offload()
         self.now = datetime.now(UTC)
         """The agent's clock, which stands still but for `advance`."""
+        self._sensing = Sensing(self._sensed, lambda: self.now)
         self._epoch = 0
         self._agent: A | None = None
         self._sequence = 0
@@ -246,6 +249,7 @@ class AgentHarness(Generic[A]):
         except Exception as error:
             raise handler_error(error, "on_start raised ") from error
         self._agent = agent
+        self._sensing.begin(agent)
 
     async def stop(self, reason: str = "stopped") -> None:
         """Stop it in good order: `on_stop`, whose effects are kept."""
@@ -256,6 +260,7 @@ class AgentHarness(Generic[A]):
             self._commit(agent, None)
         finally:
             self._agent = None
+            self._sensing.end()
             self._offload.close()
 
     async def crash(self) -> None:
@@ -263,6 +268,13 @@ class AgentHarness(Generic[A]):
         self._running()
         self._agent = None
         await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="worker_died"))
+
+    async def hibernate(self) -> None:
+        """Put it to sleep and wake it, as a cluster does when it had nothing to do."""
+        await self.stop("hibernated")
+        origin = RecoveredFrom(node="test", epoch=self._epoch, reason="hibernated")
+        self._epoch -= 1  # under the same epoch
+        await self.start(origin)
 
     def crash_in_step(self, key: str, point: CrashPoint | str = CrashPoint.HAPPENED) -> None:
         """Let the next step *key* of `ctx.once` end the activation at *point*.
@@ -274,10 +286,19 @@ class AgentHarness(Generic[A]):
     async def advance(self, seconds: float) -> None:
         """Let time pass: timers that come due are fired, in order, each at its moment.
 
-        Those to the agent itself are delivered as signals, others are in `emitted`.
+        Those to the agent itself are delivered as signals, others are in `emitted`. The same for
+        sensors that go by the clock: `Timer` and `Cron`.
         """
         end = self.now + timedelta(seconds=seconds)
-        while self._stored.timers:
+        while True:
+            sensed = self._sensing.due()
+            timers = [item.timer.due for item in self._stored.timers.values()]
+            if sensed is not None and sensed <= min([*timers, end]):
+                self.now = max(self.now, sensed)
+                await self._sensing.fire()
+                continue
+            if not timers:
+                break
             name, armed = min(self._stored.timers.items(), key=lambda item: item[1].timer.due)
             if armed.timer.due > end:
                 break
@@ -291,6 +312,27 @@ class AgentHarness(Generic[A]):
             else:
                 self.emitted.append(Emitted(armed.type, armed.data, armed.target, armed.cause))
         self.now = end
+
+    async def sense(self, name: str, data: Any = UNSET) -> bool:
+        """Let one of the agent's sensors emit *data* (or an `Event`); returns as `send`.
+
+        Without *data* it is what the sensor senses first, for real but for its `here.sleep`.
+
+        Raises:
+            ConfigError: there is no such sensor, or it senses nothing.
+        """
+        self._running()
+        return await self._sensing.sense(name, data)
+
+    async def _sensed(self, sensor: Sensor, event: Event) -> bool:
+        type_ = event.type or sensor.type
+        if sensor.target is not None and str(sensor.target) != f"agent:{self._id}":
+            data = orjson.loads(to_json(event.data))
+            self.emitted.append(Emitted(type_, data, str(sensor.target), None))
+            return True
+        source = f"sensor:{self._id}/{sensor.name}"
+        known = None if event.id is None else f"{source}/{event.id}"
+        return await self.send(type_, event.data, id=known, source=source)
 
     async def __aenter__(self) -> AgentHarness[A]:
         await self.start()
@@ -473,6 +515,7 @@ class AgentHarness(Generic[A]):
         for emission in agent.ctx._emissions:
             self._arm(emission, signal)
         agent.ctx._emissions = []
+        self._sensing.commit(agent)
 
     def _arm(self, emission: Emission, signal: Signal[Any] | None) -> None:
         timer = emission.timer

@@ -236,10 +236,17 @@ class AgentRecord(WireModel):
     """Failed starts in a row, for back-off."""
     move: MoveOrder | None = None
     """While it is `moving`: `desired` is ``stop`` then, and it is stopped to run elsewhere."""
+    asleep: bool = False
+    """While it is `running`: whether it hibernates on its node until the next signal."""
     returns: bool = False
     """Whether it is stopped only to be started anew: mail for many is still its own."""
     since: str | None = None
     """UTC of the last change, for people."""
+
+    @property
+    def hibernates(self) -> bool:
+        """Whether it sleeps on its node."""
+        return self.asleep and self.status is AgentStatus.RUNNING
 
     @property
     def is_wanted(self) -> bool:
@@ -313,5 +320,7 @@ class StateRecord(WireModel):
     """Signals beyond the cursor that were given to another agent: see `signaling/rerouter.py`."""
     steps: list[StepRecord] = Field(default_factory=list)
     """What was begun and done outside, until its signal has taken effect."""
+    sensors: dict[str, Any] = Field(default_factory=dict)
+    """How far each sensor has come, by its name."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

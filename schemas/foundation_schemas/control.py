@@ -99,6 +99,25 @@ class ValidateReply(WireModel):
     classes: list[ClassInfo]
 
 
+class ReloadRequest(WireModel):
+    """Run the workers of this node anew, with the code as it is now; the agents keep their state."""
+
+    modules: list[str] = Field(default_factory=list)
+    """Imported first, besides those of the agents here: if one can't be, nothing is changed."""
+    patience_s: float = 2.0
+    """How long a handler may take to its end before its worker is killed."""
+
+
+class ReloadReply(WireModel):
+    """The new workers are up."""
+
+    workers: int
+    agents: int
+    """How many agents start again in them."""
+    forced: list[str] = Field(default_factory=list)
+    """Those of them that did not stop in time; a signal that they had in hand is handled again."""
+
+
 class StartRequest(WireModel):
     """Manager to worker: activate these agents under the epochs their records name."""
 
