@@ -204,6 +204,13 @@ class LockLostError(ConflictError):
     code = "lock.lost"
 
 
+class NotLeaderError(ConflictError):
+    """Somebody else leads the group, or nobody; `details["leader"]` says who, where it is known."""
+
+    code = "group.not_leader"
+    retryable = True
+
+
 class LockTimeoutError(ConflictError):
     """Somebody else held the lock, the permits or the leadership for the whole time."""
 

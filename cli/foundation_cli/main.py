@@ -22,6 +22,7 @@ from foundation_cli import (
     deploy,
     discovery,
     doctor,
+    init,
     moves,
     node,
     nodes,
@@ -42,7 +43,7 @@ from foundation_cli.connection import group_callback
 
 _HELP = """Clusters of stateful agents over nothing but NATS.
 
-Start with `foundation up`. Options such as --server and -o may stand before or after the command.
+Start with `foundation init demo`, or `foundation up`. Options such as --server and -o may stand before or after the command.
 """
 
 _ClickError: type[Exception] = next(
@@ -69,6 +70,7 @@ app = typer.Typer(
 )
 
 for _module in (
+    init,
     up,
     node,
     nodes,

@@ -242,13 +242,20 @@ def signal(
             metavar="ID", help="Look into its mailbox alone.", autocompletion=complete.agents
         ),
     ] = None,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Show causes and effects, from the first cause on.")
+    ] = False,
 ) -> None:
     """Show what became of a signal: accepted, handled where, how long, with what effects.
 
-    Handled signals are known for a minute or so, dead letters until they are discarded.
+    With --tree: which signal caused it, and all that has come of that. Handled signals are known for
+    a minute or so, dead letters until they are discarded.
 
     Example: foundation signal order-17
     """
+    if tree:
+        _tree(shared, id)
+        return
 
     async def main() -> Any:
         async with connected(shared) as cluster:
@@ -276,6 +283,26 @@ def signal(
             f"emitted {render.clean(effect['type'])} for {render.clean(effect['target'])}, "
             f"sequence {effect['sequence']}"
         )
+
+
+def _tree(shared: Shared, id: str) -> None:
+    async def main() -> Any:
+        async with connected(shared) as cluster:
+            return await cluster.signals.journal(id)
+
+    root = run(main)
+    if render.document(shared, render.plain(root)):
+        return
+    for depth, node in root.walk():
+        if not node.is_known:
+            text = f"{node.id} (not known any more)"
+        else:
+            agents = ", ".join(node.agents[:3]) + (" …" if len(node.agents) > 3 else "")
+            text = f"{node.type}  {node.source} -> {agents or node.target}  {node.id}"
+            if node.dead:
+                text += f"  given up by {', '.join(node.dead)}"
+        sign = " <" if node.id == id and depth else ""
+        render.write("  " * depth + render.clean(text) + sign)
 
 
 def register(app: typer.Typer) -> None:

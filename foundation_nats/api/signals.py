@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from foundation_nats.api.journal import JournalNode, read_journal
 from foundation_nats.api.refs import AgentRef
 from foundation_nats.api.tracking import SignalStatus, track
 from foundation_nats.base.clock import monotonic
@@ -331,6 +332,23 @@ class Signals:
         await append(self._cluster.bus, subject, armed.data, headers=headers)
 
     # ---- afterwards -------------------------------------------------------------
+
+    async def journal(self, id: str) -> JournalNode:
+        """Which signal caused which: the whole tree that the signal *id* belongs to, from its root on.
+
+        Handled signals are known for `mailbox.trim_min_age_s`, dead letters until they are discarded;
+        at most the newest 100,000 signals are looked at.
+
+        Raises:
+            SignalNotFoundError: nothing is known of it (any more).
+        """
+        found = await read_journal(self._cluster, id)
+        if found is None:
+            raise SignalNotFoundError(
+                f"Nothing is known of signal {id!r} (any more).",
+                hint="Handled signals are forgotten when their mailbox is trimmed.",
+            )
+        return found
 
     async def get(self, id: str, *, agent: str | None = None) -> SignalStatus:
         """What became of a signal, as far as it is still known.

@@ -92,7 +92,7 @@ class SignalStatus(WireModel):
     """The oldest sequence of the mailboxes that was looked at; what lies before is not known."""
 
 
-async def _read_all(
+async def read_all(
     reader: StreamReader, subject: str | None, needle: bytes, start: int = 1
 ) -> list[StoredMessage]:
     """The messages from *start* on that hold *needle* somewhere."""
@@ -106,7 +106,8 @@ async def _read_all(
     return found
 
 
-def _parsed(message: StoredMessage) -> dict[str, Any]:
+def parsed(message: StoredMessage) -> dict[str, Any]:
+    """Its envelope; empty where it is none."""
     try:
         body = orjson.loads(message.data)
     except ValueError:
@@ -123,9 +124,9 @@ async def track(cluster: Cluster, id: str, agent: str | None) -> SignalStatus | 
     first = int(state["first_seq"])
     start = first if agent is not None else max(first, int(state["last_seq"]) - SEARCHED_MAX + 1)
     stored, routes, letters = await asyncio.gather(
-        _read_all(signals, None if agent is None else subjects.mailbox(agent), needle, start),
-        _read_all(StreamReader(bus, subjects.routes_stream), None, needle),
-        _read_all(
+        read_all(signals, None if agent is None else subjects.mailbox(agent), needle, start),
+        read_all(StreamReader(bus, subjects.routes_stream), None, needle),
+        read_all(
             StreamReader(bus, subjects.dead_stream),
             subjects.dead_all() if agent is None else subjects.dead(agent),
             needle,
@@ -135,7 +136,7 @@ async def track(cluster: Cluster, id: str, agent: str | None) -> SignalStatus | 
     deliveries: dict[str, Delivery] = {}
     effects: list[Effect] = []
     for message in stored:
-        body = _parsed(message)
+        body = parsed(message)
         if body.get("id") == id:
             facts = facts or body
             name = message.subject.rpartition(".")[2]
@@ -172,7 +173,7 @@ async def track(cluster: Cluster, id: str, agent: str | None) -> SignalStatus | 
                 "attempts": letter.attempts,
             }
         )
-    expanding = [body for message in routes if (body := _parsed(message)).get("id") == id]
+    expanding = [body for message in routes if (body := parsed(message)).get("id") == id]
     due, scheduled = await _scheduled(cluster, id)
     facts = facts or (expanding or [scheduled])[0]
     if not facts:
@@ -215,7 +216,7 @@ async def _scheduled(cluster: Cluster, id: str) -> tuple[str | None, dict[str, A
             return None, {}
     except ValueError:
         return None, {}
-    return armed.headers["Fnd-Due"], _parsed(armed)
+    return armed.headers["Fnd-Due"], parsed(armed)
 
 
 async def _settle(cluster: Cluster, deliveries: dict[str, Delivery]) -> None:

@@ -4,6 +4,7 @@ from foundation_nats.coordination.auction import auction
 from foundation_nats.coordination.barrier import Barrier, barrier
 from foundation_nats.coordination.counter import Counter, counter
 from foundation_nats.coordination.election import Election, election
+from foundation_nats.coordination.leader_follower import Group, leader_follower
 from foundation_nats.coordination.lock import Lock, lock
 from foundation_nats.coordination.map_reduce import map_jobs, map_reduce
 from foundation_nats.coordination.pipeline import Pipeline, pipeline, pipelines
@@ -16,6 +17,7 @@ __all__ = [
     "Barrier",
     "Counter",
     "Election",
+    "Group",
     "Lock",
     "Pipeline",
     "Semaphore",
@@ -25,6 +27,7 @@ __all__ = [
     "cast",
     "counter",
     "election",
+    "leader_follower",
     "lock",
     "map_jobs",
     "map_reduce",

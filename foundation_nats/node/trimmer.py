@@ -29,6 +29,8 @@ from foundation_nats.config import MailboxConfig
 from foundation_nats.errors import BusError, NotFoundError
 
 _MARKS_MAX = 64
+_PAST = 10_000
+"""So far beyond the cursor, and all the time, trims who has the planted bug."""
 
 
 class Mark(NamedTuple):
@@ -144,12 +146,13 @@ class Trimmer:
     def _due(self) -> list[tuple[str, Consumed, Mark]]:
         """What is to be trimmed now."""
         found = []
+        is_eager = planted("trim_past_cursor")
         for agent, entry in self._consumed.items():
             mark = trim_to(
                 entry,
                 monotonic(),
-                min_age_s=self._config.trim_min_age_s,
-                batch=min(256, max(1, self._config.mailbox_max // 8)),
+                min_age_s=0.0 if is_eager else self._config.trim_min_age_s,
+                batch=1 if is_eager else min(256, max(1, self._config.mailbox_max // 8)),
                 pressure=max(1, self._config.mailbox_max // 2),
             )
             if mark is not None:
@@ -159,7 +162,7 @@ class Trimmer:
     async def _trim(self, agent: str, entry: Consumed, mark: Mark) -> None:
         failpoint("trim.before")
         try:
-            past = 10_000 if planted("trim_past_cursor") else 0
+            past = _PAST if planted("trim_past_cursor") else 0
             await self._signals.purge(self._subjects.mailbox(agent), below=mark.cursor + 1 + past)
         except BusError as error:
             self._log.debug("trimming put off", agent=agent, error=str(error))

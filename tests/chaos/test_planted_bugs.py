@@ -49,7 +49,7 @@ BUGS = {
         rate=4,
     ),
     "trim_past_cursor": Planted(
-        "appends", ("worker.kill", "link.mangle"), "appends/effects: lost", rate=3, seconds=30
+        "appends", ("worker.kill", "worker.freeze"), "appends/effects: lost", seconds=16
     ),
     "skip_epoch_check": Planted(
         "appends", ("node.freeze", "link.cut"), ("records: ", "appends/effects: lost"), seconds=16
