@@ -1,7 +1,7 @@
 """Frozen settings grouped by component; from keyword and environment, validated once.
 
 `Config.load` is the only reader of the environment (``FOUNDATION_*``, nested
-with ``__``: ``FOUNDATION_LIVENESS__DOWN_AFTER_S=3``). A component receives its
+with ``__``: ``FOUNDATION_LIVENESS__DOWN_AFTER_S=3``; ``none`` is None). A component receives its
 own section, never the whole. Times are seconds; reliability of the defaults
 is argued in docs/reliability.md.
 """
@@ -246,7 +246,8 @@ class Config(_Section):
             here = values
             for part in path[:-1]:
                 here = here.setdefault(part, {})
-            here[path[-1]] = tuple(text.split(",")) if path[-1] == "servers" else text
+            found: object = tuple(text.split(",")) if path[-1] == "servers" else text
+            here[path[-1]] = None if text.lower() == "none" else found
         _merge(values, overrides)
         try:
             return cls.model_validate(values)
@@ -261,9 +262,8 @@ class Config(_Section):
         for key, value in self.model_dump(exclude_unset=True).items():
             if isinstance(value, dict):
                 for inner, item in value.items():
-                    if item is not None:
-                        text = ",".join(item) if isinstance(item, tuple) else str(item)
-                        found[f"{ENV_PREFIX}{key.upper()}__{inner.upper()}"] = text
+                    text = ",".join(item) if isinstance(item, tuple) else str(item)
+                    found[f"{ENV_PREFIX}{key.upper()}__{inner.upper()}"] = text
             else:
                 found[f"{ENV_PREFIX}{key.upper()}"] = str(value)
         return found

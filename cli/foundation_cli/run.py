@@ -1,7 +1,7 @@
 """Commands that take part in the coordination patterns, for shells: JSON values in, one JSON line out.
 
-``foundation run barrier|vote|cast|auction|saga|pipeline|map-reduce|put|work|dead``. What they start survives
-them: the same command again, with the same id, goes on where an interrupted one was, or repeats its result.
+``foundation run barrier|vote|cast|auction|saga|pipeline|map-reduce|leader-follower|put|work|dead``. What they
+start survives them: the same command again, with the same id, goes on where an interrupted one was, or repeats its result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from foundation_cli.connection import (
     with_shared,
 )
 
-_HELP = """Barriers, votes, auctions, sagas, pipelines, map-reduce and queues, from a shell.
+_HELP = """Barriers, votes, auctions, sagas, pipelines, map-reduce, groups and queues, from a shell.
 
 The same command with the same id goes on with an interrupted one, or repeats its result.
 """
@@ -509,6 +509,108 @@ def map_reduce(
     _say(shared, {"job": name, "result": result}, render.json_text(result))
 
 
+@with_shared
+def leader_follower(
+    shared: Shared,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The group's name.")],
+    entries: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ENTRIES]",
+            help="With --as: append these once we lead, and end; a JSON list, or - for one per line of stdin.",
+        ),
+    ] = None,
+    member: Annotated[
+        str | None,
+        typer.Option("--as", metavar="NAME", help="Who we are; without it we only look on."),
+    ] = None,
+    after: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Print the entries behind N first; else new ones."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="End after so many entries.")
+    ] = None,
+    ttl: Annotated[
+        float,
+        typer.Option(
+            "--ttl",
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long the others wait for a leader that died.",
+            show_default="15s",
+        ),
+    ] = "15s",  # type: ignore[assignment]
+) -> None:
+    """Follow a group's log, one line per entry; as a member also stand for leader, and append.
+
+    Example: foundation run leader-follower ledger --after 0
+    Example: foundation run leader-follower ledger - --as a < entries.jsonl
+    """
+    if entries is not None and member is None:
+        raise typer.BadParameter("Only a member appends: say who we are.", param_hint="--as")
+    source = None if entries is None else _items(entries)
+
+    def show(entry: Any) -> None:
+        found = {"group": name, **render.plain(entry)}
+        _say(shared, found, f"{entry.index} (term {entry.term}): {render.json_text(entry.value)}")
+
+    async def main() -> None:
+        from foundation_nats.coordination import leader_follower as make
+
+        async with (
+            connected(shared) as cluster,
+            make(cluster, name, member=member, ttl_s=ttl) as group,
+        ):
+            done = 0
+            if source is None:
+                async for entry in group.entries(after=after):
+                    show(entry)
+                    done += 1
+                    if done == count:
+                        return
+            async for value in _each(source):
+                show(await _append(group, value))
+                done += 1
+                if done == count:
+                    return
+
+    run(main)
+
+
+async def _each(source: Any) -> AsyncIterator[Any]:
+    """Of a list, or of what comes line by line."""
+    if isinstance(source, list):
+        for item in source:
+            yield item
+    else:
+        async for item in source:
+            yield item
+
+
+async def _append(group: Any, value: Any) -> Any:
+    """Append once we lead, and again under the same id while the outcome is unknown."""
+    import asyncio
+    from secrets import token_hex
+
+    from foundation_nats.errors import BusError, NotLeaderError, ProposalUnknownError
+
+    id = f"cli.{token_hex(8)}"
+    is_noted = False
+    while True:
+        if not group.is_leader and not is_noted:
+            is_noted = True
+            render.talk(f"waiting to lead; now it is {group.leader or 'nobody'}")
+        await group.led()
+        try:
+            return await group.append(value, id=id)
+        except NotLeaderError:
+            is_noted = False
+        except (BusError, ProposalUnknownError) as error:
+            render.talk(f"{render.styled('!', 'yellow', sys.stderr)} {render.clean(str(error))}")
+            await asyncio.sleep(0.2)
+
+
 _Queue = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
 
 
@@ -681,6 +783,7 @@ def register(app: typer.Typer) -> None:
         saga,
         pipeline,
         map_reduce,
+        leader_follower,
         put,
         work,
         dead,

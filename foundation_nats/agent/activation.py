@@ -436,6 +436,7 @@ class Activation:
             return False
         if self.stopping is not None or self.failure is not None:
             return False
+        failpoint("sleep.before")
         self.runtime.lay_down(self)
         return True
 

@@ -23,6 +23,7 @@ from foundation_nats.agent.loading import load_class
 from foundation_nats.agent.record import decode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.base.clock import monotonic
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.kv import Bucket
@@ -191,6 +192,7 @@ class Dormitory:
             raise fenced
         if stored.epoch != sleeper.epoch:
             raise fenced
+        failpoint("wake.read")
         origin = RecoveredFrom(node=runtime.node, epoch=sleeper.epoch, reason=HIBERNATED)
         awake = record.model_copy(update={"recovered_from": origin})
         activation = runtime.revive(awake, load_class(record.spec.run), entry)

@@ -37,6 +37,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from foundation_nats.base.clock import utc_text
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import (
     ConfigError,
@@ -247,12 +248,14 @@ async def once(
             return await _finish(home, name, result, adapter)
     ledger.begin(cause, key, utc_text())
     await home.store_steps()
+    failpoint("step.begun")
     try:
         result = await _call(function, args, str(name))
     except StepNotDoneError:
         ledger.forget(cause, key)
         await home.store_steps()
         raise
+    failpoint("step.happened")
     return await _finish(home, name, result, adapter)
 
 
@@ -270,6 +273,7 @@ async def _finish(
         ) from error
     home.steps.finish(name.cause, name.key, utc_text(), body)
     await home.store_steps()
+    failpoint("step.done")
     known = home.steps.get(name.cause, name.key)
     assert known is not None
     return _stored_result(known, adapter)

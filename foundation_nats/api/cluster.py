@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from foundation_nats.agent.signal import Payload, typed
 from foundation_nats.api.agents import Agents
 from foundation_nats.api.consensus import Consensus
 from foundation_nats.api.deployments import Deployments
@@ -169,7 +170,7 @@ class Cluster:
     async def send(
         self,
         target: str | AgentRef | Target,
-        type: str,
+        type: str | Payload,
         data: Any = None,
         *,
         id: str | None = None,
@@ -179,7 +180,7 @@ class Cluster:
     ) -> Receipt:
         """Store a signal; it is durable once this returns.
 
-        It needs no running agent: the signal waits for its receiver. A repeat
+        *type* may be a `Payload`, which is type and data in one. It needs no running agent: the signal waits for its receiver. A repeat
         with the same *id* takes effect once. What is not handled within *ttl* seconds, or by
         *deadline*, is not handled any more but a dead letter with the code ``expired``. For later
         and again and again: `signals.schedule`.
@@ -192,6 +193,7 @@ class Cluster:
             BusTimeoutError: it may be stored: send it again with the same id.
         """
         parsed = _target(target)
+        type, data = typed(type, data)
         _check_type(type)
         try:
             until = deadline_text(datetime.now(UTC), ttl=ttl, deadline=deadline)
@@ -222,7 +224,7 @@ class Cluster:
     async def ask(
         self,
         target: str | AgentRef | Target,
-        type: str,
+        type: str | Payload,
         data: Any = None,
         *,
         timeout: float = 5.0,
@@ -244,6 +246,7 @@ class Cluster:
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
         """
         parsed = _target(target)
+        type, data = typed(type, data)
         _check_type(type)
         id = uuid4().hex
         ends = monotonic() + timeout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from foundation_nats.agent.signal import Payload
 from foundation_schemas import AgentRecord, Receipt
 from foundation_schemas.agent import AgentStatus, RecoveredFrom
 from foundation_schemas.base import WireModel
@@ -20,12 +21,12 @@ class AgentRef:
         self.id = id
 
     async def send(
-        self, type: str, data: Any = None, *, id: str | None = None, timeout: float = 5.0
+        self, type: str | Payload, data: Any = None, *, id: str | None = None, timeout: float = 5.0
     ) -> Receipt:
         """`Cluster.send` to this agent."""
         return await self._cluster.send(self, type, data, id=id, timeout=timeout)
 
-    async def ask(self, type: str, data: Any = None, *, timeout: float = 5.0) -> Any:
+    async def ask(self, type: str | Payload, data: Any = None, *, timeout: float = 5.0) -> Any:
         """`Cluster.ask` of this agent."""
         return await self._cluster.ask(self, type, data, timeout=timeout)
 

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from foundation_nats import Agent, RecoveredFrom, Signal, State, on
 from foundation_nats.agent.sensors import (
     EXIT,
@@ -29,7 +31,7 @@ from foundation_nats.agent.sensors import (
 class Seen(State):
     """All that came, in order."""
 
-    seen: list[Any] = []
+    seen: list[Any] = Field(default_factory=list)
 
 
 class Counting(Sensor):
@@ -193,11 +195,11 @@ class Zoo(Agent):
     class State(State):
         """By type."""
 
-        oldest: list[int] = []
-        newest: list[int] = []
-        slow: list[int] = []
+        oldest: list[int] = Field(default_factory=list)
+        newest: list[int] = Field(default_factory=list)
+        slow: list[int] = Field(default_factory=list)
         metrics: int = 0
-        exits: list[Any] = []
+        exits: list[Any] = Field(default_factory=list)
         method: int = 0
         extra: int = 0
 

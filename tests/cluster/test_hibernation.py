@@ -148,3 +148,26 @@ async def test_the_harness_lets_an_agent_sleep_too() -> None:
         assert await sleepy.ask("add", 3) == 6
         assert sleepy.state.starts == ["first", "hibernated"]
         assert sleepy.state.stops == ["hibernated"]
+
+
+@pytest.mark.parametrize("point", ["sleep.before", "wake.read"])
+async def test_a_worker_that_dies_while_an_agent_lies_down_or_wakes_loses_nothing(
+    point: str,
+) -> None:
+    """What is half asleep is recovered as anything else."""
+    crashes = {"FOUNDATION_FAILPOINTS": f"{point}=after(3,kill)"}
+    async with TestCluster(nodes=1, workers=1, path=[str(AGENTS)], environment=crashes) as nodes:
+        client = nodes.client
+        await client.agents.start("sleepy:Plain", id="s")
+        (node,) = nodes.nodes.values()
+        first = [worker.pid for worker in node.workers()]
+        for number in range(6):
+            await client.send("s", "add", 1)
+            await asyncio.sleep(0.9 if number < 4 else 0.0)
+
+        async def exact() -> bool:
+            record = await client.agents.state("s")
+            return record is not None and record["state"]["total"] == 6
+
+        await eventually(exact, timeout=20, message="the total is exact")
+        assert first != [worker.pid for worker in node.workers()], "nothing has crashed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,43 @@ async def test_a_step_in_doubt_waits_for_a_person(tmp_path: Path) -> None:
         await eventually(paid, timeout=10, message="the replay goes on behind the step")
         assert len(_lines(sink)) == 1
         assert await client.agents.steps("teller") == []
+
+
+@pytest.mark.parametrize("point", ["step.begun", "step.happened", "step.done"])
+async def test_a_worker_that_dies_anywhere_in_a_step_repeats_what_is_in_doubt_alone(
+    point: str, tmp_path: Path
+) -> None:
+    """Every step is done, none more often than workers have died, and the totals are exact."""
+    sink = tmp_path / "sink"
+    crashes = {"FOUNDATION_FAILPOINTS": f"{point}=after(25,kill)"}
+    # Agents of one worker die in the middle of one another's steps.
+    count, agents = (40, 4) if point != "step.done" else (20, 1)
+    async with TestCluster(nodes=1, workers=2, path=[str(AGENTS)], environment=crashes) as nodes:
+        client = nodes.client
+        for number in range(agents):
+            await client.agents.start(
+                "careful:Teller", id=f"teller-{number}", config={"sink": str(sink)}
+            )
+        (node,) = nodes.nodes.values()
+        first = {worker.pid for worker in node.workers()}
+        receipts = [
+            await client.send(f"teller-{n % agents}", "pay", 1, timeout=20) for n in range(count)
+        ]
+
+        async def all_paid() -> bool:
+            records = [await client.agents.state(f"teller-{n}") for n in range(agents)]
+            return sum(r["state"]["paid"] for r in records if r is not None) == count
+
+        await eventually(all_paid, timeout=60, message="every signal takes effect once")
+        assert first != {worker.pid for worker in node.workers()}, "nothing has crashed"
+        keys = Counter(line.partition(" ")[2] for line in _lines(sink))
+        wanted = {
+            f"teller-{n % agents}.{receipt.id}.{step}"
+            for n, receipt in enumerate(receipts)
+            for step in ("first", "second", "third")
+        }
+        assert set(keys) == wanted
+        again = sum(times - 1 for times in keys.values())
+        if point == "step.done":
+            assert again == 0, "what is known to be done is not done again"
+        assert await client.dead.list() == []

@@ -13,7 +13,7 @@ import pytest
 from foundation_nats.testing import TestCluster, TestServer
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = ["rendezvous", "ballot", "contract", "trip", "jobs", "labels", "wordcount"]
+EXAMPLES = ["rendezvous", "ballot", "contract", "trip", "jobs", "labels", "wordcount", "ledger"]
 
 
 @pytest.fixture
@@ -95,3 +95,13 @@ async def test_words_are_counted_once(nodes: TestCluster) -> None:
     expected = ["a: 1000 fish: 1000 red: 1000 sea: 2000 sky: 2000 the: 4000"]
     for _ in range(2):
         assert _run("wordcount", nodes.server.url, nodes.client.name) == expected
+
+
+async def test_another_leads_and_the_sum_goes_on(server: TestServer) -> None:
+    """Followers have what the leader has appended, and one of them goes on behind it."""
+    assert _run("ledger", server.url) == [
+        "bob reads 12; ann leads",
+        "cy reads 12; ann leads",
+        "entry 3, in a later term: True",
+        "the sum is 42",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from foundation_nats import Agent, Payload, RecoveredFrom, Signal, State, on
 from foundation_nats.agent.sensors import (
@@ -81,12 +82,12 @@ class House(Agent):
     class State(State):
         """What it has seen."""
 
-        ticks: list[str] = []
+        ticks: list[str] = Field(default_factory=list)
         hours: int = 0
         eyes: int = 0
         sum: int = 0
         warmth: int = 0
-        sources: list[str] = []
+        sources: list[str] = Field(default_factory=list)
 
     @sensor(emit="warm")
     async def thermometer(self) -> AsyncIterator[int]:

@@ -44,6 +44,7 @@ from foundation_nats.agent.sensors.sensor import (
 )
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.resilience import backoff_s
+from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import ConfigError, PayloadTooLargeError, SensorError
 from foundation_nats.signaling.envelope import emitted_id, encode_envelope
 from foundation_schemas import Target, TargetKind
@@ -437,12 +438,12 @@ class SensorHost:
         """
         if self._stopped:
             raise self._over()
-        position = freeze(position)
-        if len(orjson.dumps(position)) > POSITION_MAX_BYTES:
+        text = to_json(position)
+        if len(text) > POSITION_MAX_BYTES:
             raise SensorError(
                 f"The position of sensor {sensor.name} exceeds {POSITION_MAX_BYTES:,} bytes."
             )
-        return _Pending(None, sensor.name, position)
+        return _Pending(None, sensor.name, orjson.loads(text))
 
     def wake(self) -> None:
         """There is something to be stored."""
