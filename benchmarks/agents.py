@@ -88,3 +88,26 @@ class Adder(Agent):
     @on("map")
     async def map(self, signal: Signal) -> int:
         return sum(signal.data["items"])
+
+
+class Heavy(Agent):
+    """Some 20 KB of state."""
+
+    class State(State):
+        counter: int = 0
+        notes: list[str] = Field(default_factory=list)
+
+    async def on_start(self, recovered: object) -> None:
+        if not self.state.notes:
+            self.state.notes = [f"{self.id} {n:4} " + "." * 80 for n in range(200)]
+
+    @on("add")
+    async def add(self, signal: Signal[Add]) -> int:
+        self.state.counter += signal.data.amount
+        return self.state.counter
+
+
+class Sleepy(Heavy):
+    """The same, and sleeps as soon as it has nothing to do."""
+
+    hibernate_after = 0.5

@@ -282,3 +282,43 @@ async def idle() -> dict[str, float]:
             "cpu_percent": share * 100,
             "rss_mb": sum(process.memory_info().rss for process in family) / 1e6,
         }
+
+
+async def hibernate() -> dict[str, float]:
+    """Agents with 20 KB of state, awake and asleep: memory of each, and how long waking takes."""
+    found: dict[str, float] = {}
+    batches, each = 8, 250
+    for kind in ("Heavy", "Sleepy"):
+        async with TestCluster(nodes=1, workers=1, path=[ROOT], cluster=CLUSTER) as nodes:
+            client = nodes.client
+            await client.agents.start("benchmarks.agents:Heavy", id="first")
+            (worker,) = nodes.nodes["n1"].workers()
+            before = worker.memory_info().rss
+            for batch in range(batches):
+                name = f"b{batch}"
+                await client.deployments.apply(
+                    "version: 1\nagents:\n"
+                    + "".join(
+                        f"  - {{name: b{b}, run: 'benchmarks.agents:{kind}', replicas: {each}}}\n"
+                        for b in range(batch + 1)
+                    )
+                )
+                await client.deployments.wait_settled([name], timeout=60)
+                if kind == "Sleepy":
+
+                    async def asleep(name: str = name) -> bool:
+                        infos = await client.agents.list(deployment=name)
+                        return all(info.status == "hibernated" for info in infos)
+
+                    await eventually(asleep, timeout=60, message="they sleep")
+            size = (worker.memory_info().rss - before) / (batches * each)
+            found["awake_bytes" if kind == "Heavy" else "asleep_bytes"] = size
+            times = []
+            for number in range(0, batches * each, 10):
+                began = time.perf_counter()
+                await client.ask(f"b{number % batches}-{number // batches}", "add", {"amount": 1})
+                times.append((time.perf_counter() - began) * 1000)
+            label = "awake" if kind == "Heavy" else "waking"
+            found[f"{label}_p50_ms"] = percentile(times, 0.5)
+            found[f"{label}_p99_ms"] = percentile(times, 0.99)
+    return found

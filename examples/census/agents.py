@@ -7,15 +7,15 @@ aggregator keeps the totals and, for the proof, how often each file came.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from examples.census.census import Census, FileReport, analyse_file, find_files
-from foundation_nats import Agent, Signal, State, on
+from foundation_nats import Agent, Payload, Signal, State, on
 
 STEP = 100
 
 
-class Split(BaseModel):
+class Split(Payload, type="census.split"):
     """Hand out the files of *root* from number *offset* on."""
 
     root: str
@@ -23,7 +23,7 @@ class Split(BaseModel):
     analysers: int
 
 
-class Analyse(BaseModel):
+class Analyse(Payload, type="census.analyse"):
     """Look into one file."""
 
     root: str
@@ -36,21 +36,18 @@ class Splitter(Agent):
     class State(State):
         handed_out: int = 0
 
-    @on("census.split")
+    @on(Split)
     def split(self, signal: Signal[Split]) -> None:
         order = signal.data
         files = find_files(order.root)
         step = files[order.offset : order.offset + STEP]
         for number, path in enumerate(step, order.offset):
             self.emit(
-                "census.analyse",
-                Analyse(root=order.root, path=path),
-                to=f"analyser-{number % order.analysers}",
+                Analyse(root=order.root, path=path), to=f"analyser-{number % order.analysers}"
             )
         self.state.handed_out += len(step)
         if order.offset + STEP < len(files):
-            later = order.model_copy(update={"offset": order.offset + STEP})
-            self.emit("census.split", later, to=self.id)
+            self.emit(order.model_copy(update={"offset": order.offset + STEP}), to=self.id)
 
 
 class Analyser(Agent):
@@ -59,11 +56,11 @@ class Analyser(Agent):
     class State(State):
         files: int = 0
 
-    @on("census.analyse")
+    @on(Analyse)
     def analyse(self, signal: Signal[Analyse]) -> None:
         report = analyse_file(signal.data.root, signal.data.path)
         self.state.files += 1
-        self.emit("census.report", report, to="aggregator")
+        self.emit(report, to="aggregator")
 
 
 class Aggregator(Agent):
@@ -73,7 +70,7 @@ class Aggregator(Agent):
         census: Census = Census()
         reports: dict[str, int] = Field(default_factory=dict)
 
-    @on("census.report")
+    @on(FileReport)
     def report(self, signal: Signal[FileReport]) -> None:
         self.state.census.add(signal.data)
         path = signal.data.path

@@ -27,6 +27,8 @@ from pathlib import Path, PurePosixPath
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from foundation_nats import Payload
+
 FILES_MAX = 100_000
 FILE_BYTES_MAX = 8 * 1024 * 1024
 ERROR_TEXT_MAX = 200
@@ -49,7 +51,7 @@ class Function(BaseModel):
     """From ``def`` to its last line; decorators are not counted."""
 
 
-class FileReport(BaseModel):
+class FileReport(Payload, type="census.report"):
     """What one file consists of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.text import Text
 
+from examples.census.agents import Split
 from examples.census.census import Census, census_directly, find_files, standard_library
 from examples.census.show import (
     Proof,
@@ -92,7 +93,7 @@ async def take_census(
 ) -> tuple[float, dict[str, Any]]:
     """Count, kill half-way, count on; returns the failover time and the aggregator's state."""
     cluster = nodes.client
-    await cluster.send("splitter", "census.split", {"root": root, "analysers": ANALYSERS})
+    await cluster.send("splitter", Split(root=root, analysers=ANALYSERS))
     following = asyncio.create_task(follow(cluster, story))
     failover_s: float | None = None
     try:

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 ASKS_MAX = 256
 """Questions that wait for one agent to wake; the rest go unanswered, which their askers notice."""
-_LOOK_EVERY_S = 0.5
+_LOOKS = 4
+"""Within the patience of the least patient."""
+_LOOK_MIN_S, _LOOK_MAX_S = 0.05, 5.0
 
 
 class Sleeper:
@@ -102,11 +104,14 @@ class Dormitory:
         self._idle: dict[Activation, tuple[int, int, float]] = {}
         """(commit, consumed, since when) of those that may sleep."""
         self._is_looking = False
+        self._every_s = _LOOK_MAX_S
 
     def admit(self, activation: Activation) -> None:
         """It has started: watch whether it has anything to do, if its class wants to sleep."""
-        if self._patience(activation) is None:
+        patience = self._patience(activation)
+        if patience is None:
             return
+        self._every_s = max(_LOOK_MIN_S, min(self._every_s, patience / _LOOKS))
         self._idle[activation] = (-1, -1, monotonic())
         if not self._is_looking:
             self._is_looking = True
@@ -122,7 +127,7 @@ class Dormitory:
     async def _look(self) -> None:
         try:
             while self._idle:
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(self._every_s)
                 now = monotonic()
                 for activation, (commit, consumed, since) in list(self._idle.items()):
                     patience = self._patience(activation)

@@ -134,7 +134,9 @@ class Runtime:
         self.trace = Trace()
         self._guards = Guards()
         self._offload = Offload(
-            threads_max=config.worker.threads_max, processes_max=config.worker.processes_max
+            threads_max=config.worker.threads_max,
+            processes_max=config.worker.processes_max,
+            box=host.blackbox,
         )
         self._activations: dict[str, Activation] = {}
         self._fingerprint = 0
@@ -986,6 +988,7 @@ class Runtime:
         self._moved.add(activation)
         self.committed(activation)
         self._dormitory.lay_down(activation)
+        activation.agent.ctx._home = None  # a circle would keep its memory until a full collection
         self._report(activation.id, activation.epoch, AgentStatus.HIBERNATED, None)
 
     def holds(self, activation: Activation) -> bool:
@@ -1040,6 +1043,7 @@ class Runtime:
         self._commit_line.pop(activation, None)
         self.attempts.pop(activation.id, None)
         self._moved.add(activation)
+        activation.agent.ctx._home = None
         if activation.stopped is not None and not activation.stopped.done():
             activation.stopped.set_result(None)
         self.committed(activation)
