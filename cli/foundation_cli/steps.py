@@ -17,6 +17,11 @@ from foundation_cli.values import json_value
 
 _HELP = "Steps that agents did outside: list them, and settle those in doubt."
 
+
+def _result(step: dict[str, Any]) -> str:
+    return "(too large)" if step["lost"] else str(render.json_text(step["result"]))
+
+
 _COLUMNS = (
     Column("key", lambda s: s["key"]),
     Column("status", lambda s: s["status"]),
@@ -25,7 +30,7 @@ _COLUMNS = (
     Column("signal", lambda s: s["cause"].partition(" ")[2] or "(the agent's own)"),
     Column(
         "result",
-        lambda s: "(too large)" if s["lost"] else render.json_text(s["result"]),
+        lambda s: s["note"] or (None if s["status"] == "pending" else _result(s)),
         free=True,
     ),
 )
@@ -57,9 +62,9 @@ def resolve(
     agent: _Agent,
     key: Annotated[str, typer.Argument(metavar="KEY", help="The step, as `steps list` shows it.")],
     done: Annotated[
-        bool,
+        bool | None,
         typer.Option("--done/--again", help="It was done; or it was not, and may be begun again."),
-    ],
+    ] = None,
     result: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="With --done: what the step would have returned."),
@@ -73,6 +78,8 @@ def resolve(
 
     Example: foundation steps resolve clerk pay --done --result '{"number": 5}'
     """
+    if done is None:
+        raise typer.BadParameter("Say --done if it was done, --again if it was not.")
     if result is not None and not done:
         raise typer.BadParameter("--result goes with --done.")
     value = None if result is None else json_value(result)

@@ -51,6 +51,7 @@ from foundation_schemas import StepRecord, StepStatus
 STEPS_MAX = 1000
 """Steps in one agent's ledger; the oldest of signals that were given up make room."""
 KEY_LENGTH_MAX = 200
+NOTE_LENGTH_MAX = 200
 _REPLAYED = re.compile(r"(\.replay\d+)+$")
 
 
@@ -78,6 +79,8 @@ class Step:
     attempts: int
     result: bytes | None = None
     """JSON; None while it is pending, and where it was too large to be kept."""
+    note: str = ""
+    """What it raised last, while it is pending."""
 
     def encoded(self) -> dict[str, Any]:
         """As it is stored."""
@@ -92,6 +95,8 @@ class Step:
             body["result"] = orjson.Fragment(self.result)
         elif self.status is StepStatus.DONE:
             body["lost"] = True
+        if self.note:
+            body["note"] = self.note
         return body
 
 
@@ -114,6 +119,7 @@ class StepLedger:
                     item.at,
                     item.attempts,
                     None if lost else orjson.dumps(item.result),
+                    item.note,
                 )
             )
 
@@ -139,10 +145,15 @@ class StepLedger:
 
     def finish(self, cause: str, key: str, at: str, result: bytes) -> bool:
         """It is done; False: the result is too large to be kept, and only that is remembered."""
-        known = self._steps[cause, key]
+        known = replace(self._steps[cause, key], note="")
         fits = self._bytes + len(result) <= self.bytes_max
         self._put(replace(known, status=StepStatus.DONE, at=at, result=result if fits else None))
         return fits
+
+    def raised(self, cause: str, key: str, error: Exception) -> None:
+        """It has raised *error*, which tells a person something, and leaves the doubt."""
+        text = f"{type(error).__name__}: {error}"[:NOTE_LENGTH_MAX]
+        self._put(replace(self._steps[cause, key], note=text))
 
     def forget(self, cause: str, key: str) -> bool:
         """Drop one; whether there was one."""
@@ -231,7 +242,8 @@ async def once(
         return _stored_result(known, adapter)
     if known is not None and on_doubt is Doubt.FAIL:
         raise StepInDoubtError(
-            f"Step {key!r} was begun at {known.at}, and it is not known whether it was done.",
+            f"Step {key!r} was begun at {known.at}, and it is not known whether it was done"
+            + (f" (it raised {known.note})." if known.note else "."),
             hint=f"Find out, then say it by `foundation steps resolve {name.agent} {key}`, "
             "and replay the dead letter.",
             step=key,
@@ -254,6 +266,9 @@ async def once(
     except StepNotDoneError:
         ledger.forget(cause, key)
         await home.store_steps()
+        raise
+    except Exception as error:
+        ledger.raised(cause, key, error)
         raise
     failpoint("step.happened")
     return await _finish(home, name, result, adapter)

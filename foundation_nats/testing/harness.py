@@ -417,6 +417,7 @@ class AgentHarness(Generic[A]):
                 await self._settle()
                 return True
         assert error is not None
+        self._home.save()
         self.dead.append(Dead(signal_id, type, error, attempt))
         return False
 

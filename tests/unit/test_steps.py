@@ -171,6 +171,16 @@ async def test_who_is_sure_that_nothing_happened_is_called_again() -> None:
         assert len(Bank.done) == 1
 
 
+async def test_what_a_step_raised_is_told_to_the_person_who_decides() -> None:
+    """An error is no proof that nothing happened."""
+    Bank.fail = [ConnectionError("the line is dead")]
+    async with AgentHarness(Clerk) as clerk:
+        assert not await clerk.send("pay.careful", 5, id="s1")
+        assert "raised ConnectionError: the line is dead" in str(clerk.dead[0].error)
+        (step,) = clerk.steps
+        assert step.note == "ConnectionError: the line is dead"
+
+
 async def test_a_step_of_the_agent_is_done_once_in_its_life() -> None:
     """Until it is forgotten."""
     async with AgentHarness(Clerk) as clerk:
