@@ -16,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from benchmarks.drive import AGENTS, CLUSTER, MOVERS, SIGNALS, percentile
+from foundation_nats import Cluster
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.testing import NodeProcess, TestCluster, eventually
 
@@ -306,7 +307,7 @@ async def hibernate() -> dict[str, float]:
                 await client.deployments.wait_settled([name], timeout=60)
                 if kind == "Sleepy":
 
-                    async def asleep(name: str = name) -> bool:
+                    async def asleep(name: str = name, client: Cluster = client) -> bool:
                         infos = await client.agents.list(deployment=name)
                         return all(info.status == "hibernated" for info in infos)
 

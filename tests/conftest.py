@@ -50,6 +50,13 @@ def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def chaos(request: pytest.FixtureRequest) -> None:
+    """Only under --chaos."""
+    if not request.config.getoption("--chaos"):
+        pytest.skip("needs --chaos")
+
+
+@pytest.fixture
 async def server() -> AsyncIterator[TestServer]:
     """A nats-server of the test's own (it starts in some 20 ms)."""
     async with TestServer() as running:

@@ -14,7 +14,11 @@ from typing import Any, cast
 
 from pydantic import BaseModel, Field
 
-from foundation_nats import Agent, RecoveredFrom, Signal, State, on
+from foundation_nats.agent.agent import Agent
+from foundation_nats.agent.handling import on
+from foundation_nats.agent.signal import Signal
+from foundation_nats.agent.state import State
+from foundation_schemas import RecoveredFrom
 
 
 class Entry(BaseModel):

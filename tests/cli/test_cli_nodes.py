@@ -124,7 +124,8 @@ async def test_nodes_are_added_and_removed_and_no_agent_is_lost(tmp_path: Path) 
         pids = [node["pid"] for node in added["added"]]
 
         plan = await shell.json("nodes", "remove", "node-1", "node-2", "--plan")
-        assert plan["moves"] == 4
+        there = [agent.node for agent in await client.agents.list()]
+        assert plan["moves"] == len(there) - there.count("n1") > 0
         assert {item["target"] for item in plan["agents"]} == {"n1"}
         assert await names(client) == ["n1", "node-1", "node-2"]
 

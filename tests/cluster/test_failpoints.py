@@ -50,13 +50,6 @@ BESIDES = {
 }
 
 
-@pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
 async def crashes(cluster: Cluster) -> int:
     """How many workers and nodes have died."""
     events = await cluster.events.list(limit=1000)

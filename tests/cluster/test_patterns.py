@@ -49,13 +49,6 @@ async def cluster(server: TestServer) -> AsyncIterator[Cluster]:
 
 
 @pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
-@pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Of this run; ``--seed`` repeats one."""
     given = request.config.getoption("--seed")

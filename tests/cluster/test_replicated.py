@@ -23,13 +23,6 @@ from tests.conftest import AGENTS
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 
-@pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
 async def stream_leader(cluster: Cluster, stream: str) -> str:
     """The name of the server that leads *stream*."""
     info = await api(cluster.bus, "STREAM.INFO", stream)

@@ -83,13 +83,6 @@ async def settled(cluster: Cluster) -> None:
     await eventually(quiet, timeout=30, every=0.1, message="all has ended, and the books are right")
 
 
-@pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
 async def test_ten_clients_and_two_leaders_never_get_more_than_there_is() -> None:
     """Clients die and others come, agents come and go, the leader freezes and wakes beside the next."""
     await contend("freeze")

@@ -206,13 +206,6 @@ async def test_shared_signals_of_a_dead_agent_go_to_another() -> None:
     await reroute({})
 
 
-@pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
 @pytest.mark.usefixtures("chaos")
 async def test_a_frozen_receiver_that_comes_back_has_lost_its_shared_signals() -> None:
     """It holds them in memory, and even has one in hand; its commit is refused."""

@@ -159,13 +159,6 @@ async def test_timers_survive_the_broker() -> None:
     await storm({}, kill_broker=True, kill_node=False)
 
 
-@pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
 @pytest.mark.usefixtures("chaos")
 async def test_timers_survive_the_broker_and_a_node() -> None:
     """Both at once."""

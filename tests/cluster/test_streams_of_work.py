@@ -25,13 +25,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
-def chaos(request: pytest.FixtureRequest) -> None:
-    """Only under --chaos."""
-    if not request.config.getoption("--chaos"):
-        pytest.skip("needs --chaos")
-
-
-@pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Of this run; ``--seed`` repeats one."""
     given = request.config.getoption("--seed")

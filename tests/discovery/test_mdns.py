@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,10 +41,13 @@ def _why_not() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def multicast() -> None:
-    """Skip where the loopback interface carries no multicast."""
-    if (reason := _why_not()) is not None:
-        pytest.skip(f"no multicast on loopback here: {reason}")
+def multicast() -> Iterator[None]:
+    """Skip where the loopback interface carries no multicast; one test at a time, as all hear each other."""
+    with (Path(tempfile.gettempdir()) / "foundation-test-mdns.lock").open("w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        if (reason := _why_not()) is not None:
+            pytest.skip(f"no multicast on loopback here: {reason}")
+        yield
 
 
 async def test_an_announced_server_is_found_by_its_cluster_and_no_other() -> None:
