@@ -28,12 +28,11 @@ async def main(url: str = "nats://127.0.0.1:4222") -> None:
             seen = await group.read(max_age=0)
             print(f"{group.member} reads {seen.value}; {seen.leader} leads")
         await ann.close()
-        led = [asyncio.create_task(group.led()) for group in others]
-        await asyncio.wait(led, return_when=asyncio.FIRST_COMPLETED)
-        leader = next(group for group in others if group.is_leader)
-        entry = await leader.append(30)
-        print(f"entry {entry.index}, in a later term: {entry.term > term}")
-        print("the sum is", leader.view().value)
+        while not (leading := [group for group in others if group.is_leader]):
+            await asyncio.sleep(0.05)
+        entry = await leading[0].append(30)
+        print("entry", entry.index, "in a later term:", entry.term > term)
+        print("the sum is", leading[0].view().value)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@
     │   ├── StaleRevisionError          re-read and decide again
     │   ├── FencedError                 your epoch is over: stop, do not retry
     │   ├── LockLostError               the lock, permit or leadership is not yours any more
+    │   ├── NotLeaderError              retryable   somebody else leads the group, or nobody
     │   ├── LockTimeoutError            retryable   somebody else held it all the time
     │   ├── BarrierBrokenError          not everyone came in time; names who is missing
     │   ├── VoteClosedError             decided, or its time is over: the ballot does not count

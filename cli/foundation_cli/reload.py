@@ -70,8 +70,8 @@ def check_installed() -> None:
         )
 
 
-def modules_of(manifest: Path | None, imports: Iterable[str]) -> list[str]:
-    """The modules that the agents of a manifest, and the nodes, import.
+def runs_of(manifest: Path | None, imports: Iterable[str]) -> list[str]:
+    """The modules that the nodes import, and the classes (``module:Class``) that a manifest names.
 
     Raises:
         ManifestError: the manifest is wrong.
@@ -80,21 +80,19 @@ def modules_of(manifest: Path | None, imports: Iterable[str]) -> list[str]:
     if manifest is not None:
         from foundation_nats.control import manifest as manifests
 
-        found |= {wish.spec.run.partition(":")[0] for wish in manifests.load(manifest)}
+        found |= {wish.spec.run for wish in manifests.load(manifest)}
     return sorted(found)
 
 
-def directories(modules: Iterable[str], manifest: Path | None) -> list[Path]:
-    """Where the code of *modules* is, as far as it can be found without running it, and the manifest."""
+def directories(runs: Iterable[str], manifest: Path | None) -> list[Path]:
+    """Where the code of *runs* is, as far as it can be found without running it, and the manifest."""
     path = [str(Path.cwd())]
     if manifest is not None:
         path.insert(0, str(manifest.resolve().parent))
     path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     found: set[Path] = set()
-    for module in modules:
-        spec = importlib.machinery.PathFinder.find_spec(
-            module.partition(".")[0], [*path, *sys.path]
-        )
+    for top in {run.partition(":")[0].partition(".")[0] for run in runs}:
+        spec = importlib.machinery.PathFinder.find_spec(top, [*path, *sys.path])
         if spec is None:
             continue
         if spec.submodule_search_locations:
@@ -202,11 +200,11 @@ def names(paths: Sequence[Path]) -> str:
     return shown if len(paths) <= 3 else f"{shown} and {len(paths) - 3} more"
 
 
-async def reload(cluster: Cluster, nodes: Sequence[str], modules: Sequence[str]) -> Reloaded:
+async def reload(cluster: Cluster, nodes: Sequence[str], runs: Sequence[str]) -> Reloaded:
     """Have *nodes* run their agents with the code as it is now, and try again what had failed.
 
     Raises:
-        ConfigError: it can't be imported; the old code goes on.
+        ConfigError: it can't be imported, or a class isn't there; the old code goes on.
         FoundationError: a node did not do it.
     """
     from foundation_nats.bus import rpc
@@ -214,7 +212,7 @@ async def reload(cluster: Cluster, nodes: Sequence[str], modules: Sequence[str])
     from foundation_schemas import ReloadReply, ReloadRequest
 
     began = time.monotonic()
-    request = ReloadRequest(modules=list(modules), patience_s=PATIENCE_S)
+    request = ReloadRequest(runs=list(runs), patience_s=PATIENCE_S)
     calls = [
         rpc.call(
             cluster.bus,

@@ -157,18 +157,28 @@ def ask(
         int | None,
         typer.Option(metavar="N", min=1, help="With --all: enough; fewer is an error."),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Print each item of the answer as it comes, one per line."),
+    ] = False,
 ) -> None:
-    """Ask an agent and print its reply; --timeout bounds the wait.
+    """Ask an agent and print its reply; --timeout bounds the wait, with --stream that for each item.
 
     Example: foundation ask visits counter.add '{"amount": 1}' --timeout 2s
     Example: foundation ask capability:counting counter.get --all --quorum 2
+    Example: foundation ask search find '"tea"' --stream
     """
     _checked(target, type)
     payload = values.json_value(data, sys.stdin)
     if quorum is not None and not all:
         raise typer.BadParameter("it needs --all.", param_hint="--quorum")
+    if all and stream:
+        raise typer.BadParameter("one agent is asked: leave out --all.", param_hint="--stream")
     if all:
         _ask_all(shared, target, type, payload, quorum)
+        return
+    if stream:
+        _ask_stream(shared, target, type, payload)
         return
 
     from foundation_nats.errors import AgentNotFoundError
@@ -185,6 +195,20 @@ def ask(
     reply = render.plain(run(main))
     if not render.document(shared, reply):
         render.write(render.json_text(reply, indent=2))
+
+
+def _ask_stream(shared: Shared, target: str, type: str, payload: Any) -> None:
+    async def main() -> None:
+        from contextlib import aclosing
+
+        async with (
+            connected(shared) as cluster,
+            aclosing(cluster.ask_stream(target, type, payload, timeout=shared.timeout_s)) as items,
+        ):
+            async for item in items:
+                render.print_line(item)
+
+    run(main)
 
 
 def _ask_all(shared: Shared, target: str, type: str, payload: Any, quorum: int | None) -> None:

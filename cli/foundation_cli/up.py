@@ -451,19 +451,22 @@ class Up:
         from foundation_cli import reload
 
         options = self._options
-        modules = reload.modules_of(options.manifest, options.imports)
+        runs = reload.runs_of(options.manifest, options.imports)
         folders = [path.resolve() for path in options.watch]
-        folders = folders or reload.directories(modules, options.manifest) or [Path.cwd()]
+        folders = folders or reload.directories(runs, options.manifest) or [Path.cwd()]
         ignore = [Path(self._state.store), runtime.runtime_dir()]
         watcher = reload.Watcher(folders, options.manifest, ignore)
         async with watcher.open(), connected(self._own()) as cluster:
             reload.Troubles(cluster).open()
             await self._deploy_again()
             self._announce(folders)
+            left: tuple[Path, ...] = ()
             while True:
                 batch = await watcher.next()
-                if batch.code:
-                    await self._reload(cluster, batch.code)
+                # What was refused may fit a manifest that is saved after it.
+                files = tuple(sorted({*left, *batch.code}))
+                if files:
+                    left = () if await self._reload(cluster, files) else files
                 if batch.is_manifest_changed or not self._state.deployed:
                     await self._deploy_again()
 
@@ -477,7 +480,8 @@ class Up:
         except FoundationError as error:
             reload.warn(f"Not deployed: {reload.wrong(error)}\nIt is tried again after a change.")
 
-    async def _reload(self, cluster: Cluster, files: Sequence[Path]) -> None:
+    async def _reload(self, cluster: Cluster, files: Sequence[Path]) -> bool:
+        """Run the agents with what is in *files* now; whether they do."""
         from foundation_cli import reload
         from foundation_nats.errors import FoundationError
 
@@ -489,8 +493,8 @@ class Up:
         if why is None:
             nodes = [n.name for n in self._state.nodes.values() if n.process.returncode is None]
             try:
-                modules = reload.modules_of(self._options.manifest, self._options.imports)
-                done = await reload.reload(cluster, nodes, modules)
+                runs = reload.runs_of(self._options.manifest, self._options.imports)
+                done = await reload.reload(cluster, nodes, runs)
             except FoundationError as error:
                 why = reload.wrong(error)
         if why is not None:
@@ -508,6 +512,7 @@ class Up:
                 f"Reloaded {reload.names(files)}: {agents}, {done.seconds:.1f} s."
                 + (f" Ended in the middle: {', '.join(done.forced[:5])}." if done.forced else "")
             )
+        return why is None
 
     def _announce(self, watched: Sequence[Path] = ()) -> None:
         state, options = self._state, self._options

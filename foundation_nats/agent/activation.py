@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from foundation_nats.agent.handling import (
     unhandled,
     validated,
 )
+from foundation_nats.agent.kin import announce, hear, is_of_kin
 from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
@@ -54,11 +55,20 @@ from foundation_nats.agent.sensors.host import SensorHost, begin_sensors, order_
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import dump_state, restore_state
 from foundation_nats.agent.steps import StepLedger, cause_of
+from foundation_nats.agent.streaming import (
+    Ended,
+    Replies,
+    asked_for,
+    collected,
+    ending,
+    read_flow,
+)
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.bus.rpc import REPLY_PREFIX, error_body, to_json
 from foundation_nats.bus.streams import PubAck, StoredMessage
 from foundation_nats.bus.wire import Message, Route
+from foundation_nats.control.moves import MOVED
 from foundation_nats.errors import (
     AgentUnavailableError,
     AskTimeoutError,
@@ -166,6 +176,7 @@ class Activation:
         "recovered",
         "recovered_at",
         "recovering",
+        "replies",
         "revision",
         "rewinding",
         "route",
@@ -181,6 +192,7 @@ class Activation:
         "step_ledger",
         "stopped",
         "stopping",
+        "target",
         "task",
         "uncommitted",
     )
@@ -240,6 +252,8 @@ class Activation:
         """The highest sequence heard of; catching up goes on until it is reached."""
         self.skip = skip
         """Signals beyond the cursor that were given to another agent (`signaling/rerouter.py`)."""
+        self.replies: Replies | None = None
+        """Where the handler's items go, while it answers one by one."""
         self.step_ledger = steps
         self.positions = positions
         """How far each sensor has come, by name."""
@@ -270,6 +284,8 @@ class Activation:
         self.uncommitted = 0
         self.starting = True
         self.stopping: str | None = None
+        self.target: str | None = None
+        """The node to which it is moved, if it is and that is known."""
         self.stopped: asyncio.Future[None] | None = None
         self.failure: str | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -282,6 +298,8 @@ class Activation:
             self._on_live(message)
         elif message.subject.endswith(".ask") and message.reply.startswith(REPLY_PREFIX):
             self._on_ask(message)
+        elif message.subject.endswith(".flow"):
+            self._on_flow(message.data)
         elif message.subject.endswith(".trace") and message.reply.startswith(REPLY_PREFIX):
             self._send_reply(message.reply, self.runtime.trace.answer(self.id, message.data))
 
@@ -322,6 +340,18 @@ class Activation:
             self._send_reply(message.reply, orjson.dumps(error_body(busy)))
             return
         self._put(_Ask(message.reply, message.data))
+
+    def _on_flow(self, data: bytes) -> None:
+        if self.replies is not None:
+            self.replies.on_flow(data)
+        flow = read_flow(data)
+        if flow is not None and flow[2] and self.queue:
+            # Its asker does not wait any more, and it has not begun.
+            question = orjson.dumps(flow[0])
+            rest = [x for x in self.queue if not (isinstance(x, _Ask) and question in x.data)]
+            if len(rest) < len(self.queue):
+                self.queue.clear()
+                self.queue.extend(rest)
 
     def _refuse(self, reply: str, *, sure: bool = True) -> None:
         """Say that nothing was handled: here, and, as long as our right holds, anywhere."""
@@ -398,7 +428,7 @@ class Activation:
     @property
     def has_company(self) -> bool:
         """Whether something runs beside it that sleeping would end."""
-        return False
+        return self.sensing is not None
 
     def sleep(self) -> None:
         """Put it to sleep, unless something comes first."""
@@ -519,6 +549,7 @@ class Activation:
         agent.ctx._begin(None)
         try:
             await self._observed(begin(agent, self.recovered), STARTING)
+            announce(agent)
             state = self._checked_state()
         except FoundationError:
             raise
@@ -684,6 +715,8 @@ class Activation:
         failpoint("handle.before")
         agent = self.agent
         agent.ctx._begin(signal)
+        if is_of_kin(signal.type) and not hear(agent, signal):
+            return None
         timeout = self.runtime.handler_timeout_s
         sequence = signal.sequence or 0
         if handling is not None and handling.timeout is not None:
@@ -708,8 +741,35 @@ class Activation:
                 raise HandlerError(
                     f"The handler of {signal.type} took longer than {timeout:g} s."
                 ) from error
+        if isinstance(result, AsyncGenerator):
+            result = await self._drain(result, signal.type, sequence, timeout)
         failpoint("handle.after")
         return apply_result(agent, result) if are_directives(result) else result
+
+    async def _drain(
+        self, generator: AsyncGenerator[Any, None], type_: str, sequence: int, timeout: float | None
+    ) -> Any:
+        """Run a handler that is a generator to its end; its items go to who asked for them."""
+        replies = self.replies
+        try:
+            async with asyncio.timeout(timeout):
+                if replies is None:
+                    return await self._observed(collected(generator), sequence)
+                await replies.send(
+                    generator,
+                    observed=lambda work: self._observed(work, sequence),
+                    may_go_on=self._may_go_on,
+                )
+                return Ended()
+        except TimeoutError as error:
+            raise HandlerError(f"The handler of {type_} took longer than {timeout} s.") from error
+
+    def _may_go_on(self) -> FoundationError | None:
+        if self.stopping is not None or self.failure is not None:
+            return ending(self.id, "it is being stopped or moved")
+        if not self.runtime.is_valid():
+            return ending(self.id, "its node is not sure that it still holds it")
+        return None
 
     async def _observed(self, coroutine: Coroutine[Any, Any, Any], sequence: int) -> Any:
         """Await a handler; should it end the process, the black box tells that it was this one."""
@@ -730,6 +790,7 @@ class Activation:
     def _roll_back(self) -> None:
         self.agent.state = restore_state(self.agent.state, self.state_json)
         self.agent.ctx._emissions = []
+        self.agent.ctx._family = self.agent.ctx._family_kept
 
     def _effects(self, state: bytes, *, seed: str, signal: Signal[Any] | None = None) -> None:
         """Keep what a handler did, for the next commit; all of it, or an error and nothing.
@@ -746,6 +807,9 @@ class Activation:
             self.emitted += 1
             self.dirty = True
         context._emissions = []
+        if context._family is not context._family_kept:
+            context._family_kept = context._family
+            self.dirty = True
         if context._sensor_orders:
             orders, context._sensor_orders = context._sensor_orders, None
             order_sensors(self, orders)
@@ -816,10 +880,21 @@ class Activation:
         self.outbox_bytes += len(payload)
         if body is not None and "replyto" in body and not isinstance(error, ExpiredError):
             self._answer_buried(item, body, error)
+        if body is not None and is_of_kin(body["type"]):
+            self._hear_buried(body, item.sequence)
         self._advance(item)
         self.runtime.log.warning(
             "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
         )
+
+    def _hear_buried(self, body: dict[str, Any], sequence: int) -> None:
+        """A child has ended all the same, although the handler of that has failed."""
+        signal: Signal[Any] = Signal(
+            id=body["id"], source=body["source"], type=body["type"], data=body.get("data")
+        )
+        self.agent.ctx._begin(signal)
+        hear(self.agent, signal)
+        self._effects(self.state_json, seed=f"buried-{sequence}")
 
     def _answer_buried(self, item: _Stored, body: dict[str, Any], error: FoundationError) -> None:
         """Whoever waits for the answer learns why there is none; who set a deadline knows it."""
@@ -896,11 +971,19 @@ class Activation:
                 traceparent=body.get("traceparent"),
                 deadline=body.get("deadline"),
             )
-            result = to_json(await self._call(handling, signal))
+            self.replies = asked_for(
+                body, self.epoch, lambda item_: self.runtime.bus.publish(item.reply, item_)
+            )
+            if self.replies is not None:
+                # What an item rests on is stored, but for what its own handler does.
+                await self._wait_committed()
+            answered = await self._call(handling, signal)
+            result = to_json(answered) if self.replies is None else self.replies.last(answered)
             self._effects(
                 self._checked_state(), seed=f"ask-{self.epoch}-{self.emitted}", signal=signal
             )
         except (asyncio.CancelledError, _Abandon):
+            self.replies = None
             self._roll_back()
             self._refuse(item.reply, sure=not self.step_ledger)
             raise
@@ -916,7 +999,8 @@ class Activation:
             self._roll_back()
             reply = orjson.dumps(error_body(failure))
         else:
-            reply = b'{"ok":%b}' % result
+            reply = b'{"ok":%b}' % result if self.replies is None else result
+        self.replies = None
         if (self.state_json, len(self.outbox)) != before:
             self.uncommitted += 1
         # The answer may rest on effects that are not stored yet: it leaves with the
@@ -969,6 +1053,7 @@ class Activation:
             skip=self.skip,
             steps=self.step_ledger,
             sensors=self.positions,
+            family=self.agent.ctx._family_kept,
             schema_version=self._kind.version,
         )
         self.commit_no += 1
@@ -1205,6 +1290,8 @@ class Activation:
             self.agent.ctx._begin(None)
             try:
                 async with asyncio.timeout(5):
+                    if self.stopping == MOVED:
+                        await self._tell_move()
                     await end(self.agent, self.stopping)
                 self._effects(self._checked_state(), seed=f"stop-{self.epoch}")
             except (Exception, _Abandon) as error:
@@ -1224,6 +1311,24 @@ class Activation:
             pass  # the record holds the outbox; the next activation publishes it
         failpoint("release.after")
         self.runtime.ended(self)
+
+    async def _tell_move(self) -> None:
+        """It is about to be moved: the last thing that it hears here."""
+        data = {"node": self.runtime.node, "to": self.target}
+        kind = "cluster.about_to_move"
+        id = f"move-{self.epoch}"
+        body = {"id": id, "source": "cluster", "data": data}
+        handling = self._handlings.find(kind, body)
+        signal: Signal[Any] = Signal(
+            id=id,
+            source="cluster",
+            type=kind,
+            data=validated(handling, kind, data),
+            time=utc_text(),
+        )
+        await self._call(handling, signal)
+        self._effects(self._checked_state(), seed=id)
+        self.agent.ctx._begin(None)
 
     def refuse_queued(self) -> None:
         """Tell waiting askers that they must ask elsewhere."""

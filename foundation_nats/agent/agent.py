@@ -20,7 +20,9 @@ from pydantic import BaseModel
 
 from foundation_nats.agent.context import Context, Emission, as_target, checked_type, freeze
 from foundation_nats.agent.directives import DIRECTIVE, Directive, apply, execute
-from foundation_nats.agent.handling import Handling, on
+from foundation_nats.agent.family import Supervision
+from foundation_nats.agent.handling import Handling, handlings, on
+from foundation_nats.agent.kin import ORDER, carry_out
 from foundation_nats.agent.middleware import Middleware
 from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.skills import (
@@ -33,7 +35,15 @@ from foundation_nats.agent.skills import (
 from foundation_nats.agent.state import State
 from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import deadline_text
-from foundation_schemas import RecoveredFrom, Subscription, SubscriptionMode, Target
+from foundation_schemas import (
+    OnNodeLoss,
+    PlacementPolicy,
+    RecoveredFrom,
+    RestartLimit,
+    Subscription,
+    SubscriptionMode,
+    Target,
+)
 from foundation_schemas.base import is_name
 
 if typing.TYPE_CHECKING:
@@ -76,6 +86,18 @@ class Agent:
     """What it senses of the outside while it runs; see `foundation_nats.agent.sensors`."""
     critical: ClassVar[bool] = False
     """Whether it is restarted elsewhere at once when its node is lost."""
+    resources: ClassVar[typing.Mapping[str, float]] = {}
+    """What it takes of its node's capacity; the wish for it may say other numbers."""
+    placement: ClassVar[typing.Mapping[str, Any] | PlacementPolicy | None] = None
+    """Where it may and should run, as in a manifest; the wish for it may say otherwise, key by key."""
+    restart: ClassVar[str | None] = None
+    """``permanent``, ``transient`` or ``temporary``, unless the wish for it says one."""
+    restart_limit: ClassVar[RestartLimit | None] = None
+    """How many restarts are enough to give it up, unless the wish for it says it."""
+    on_node_loss: ClassVar[OnNodeLoss | str | None] = None
+    """What becomes of it when its node is lost, unless the wish for it says it."""
+    supervision: ClassVar[Supervision] = Supervision()
+    """How it looks after the children that it spawns; see `Context.spawn`."""
 
     hibernate_after: ClassVar[float | None] = None
     """Seconds without a signal after which it sleeps: its memory is freed, and the next signal wakes
@@ -195,12 +217,22 @@ class Agent:
         """Called when the agent is stopped in good order; not when its process dies."""
 
     async def handle_cluster_signal(self, signal: Signal[Any]) -> Any:
-        """Called for signals of type ``cluster.*`` that have no handler of their own."""
+        """Called for signals of type ``cluster.*`` that have no handler of their own.
+
+        A class that has this method, or handlers for such types, subscribes to them by itself:
+        ``cluster.node_up``, ``node_down``, ``leader_changed``, ``rebalanced``, and
+        ``about_to_move``, which comes to the one that is moved, before `on_stop`.
+        """
 
     @on(DIRECTIVE)
     async def _on_directive(self, signal: Signal[Any]) -> None:
         """One of its own directives."""
         await execute(self, signal.data)
+
+    @on(ORDER, timeout=3600.0)
+    async def _on_child_order(self, signal: Signal[Any]) -> None:
+        """One of its own orders about a child."""
+        await carry_out(self, signal.data)
 
     @on("foundation.step.resolve")
     async def _on_step_resolve(self, signal: Signal[Verdict]) -> dict[str, Any]:
@@ -283,13 +315,26 @@ def subscribe(
     return mark
 
 
+def cluster_topics(cls: type[Agent]) -> list[str]:
+    """The topics of cluster signals that the class wants, by what it handles."""
+    if cls.handle_cluster_signal is not Agent.handle_cluster_signal:
+        return ["cluster.>"]
+    found = set()
+    for type in handlings(cls).types():
+        first, _, rest = type.partition(".")
+        if first == "cluster":
+            found.add("cluster.>" if "*" in rest else type)
+    return ["cluster.>"] if "cluster.>" in found else sorted(found - {"cluster.about_to_move"})
+
+
 def subscribed(cls: type[Agent]) -> list[Subscription]:
     """The topics the class subscribes to.
 
     Raises:
         ConfigError: one of them is no topic.
     """
-    declared = [cls.subscriptions, *(skill.subscriptions for skill in cls.skills)]
+    own = [cls.subscriptions, *(skill.subscriptions for skill in cls.skills)]
+    declared = [*own, cluster_topics(cls)]
     found = [x for item in declared for x in ([item] if isinstance(item, str) else item)]
     try:
         return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import orjson
 
+from foundation_nats.agent.family import Child, Supervision
+from foundation_nats.agent.family import children as children_of
 from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
 from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.signal import Signal
@@ -29,16 +31,20 @@ from foundation_nats.agent.steps import (
 )
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import ConfigError
+from foundation_nats.node.blackbox import STARTING
 from foundation_nats.signaling.schedules import Timer, check_timer_name, timer_of
-from foundation_schemas import Target
+from foundation_schemas import FamilyRecord, ParentLink, RestartLimit, Subscription, Target
 from foundation_schemas.base import check_name
 
 if typing.TYPE_CHECKING:
+    from foundation_nats.agent.kin import Nursery, Parent
     from foundation_nats.agent.sensors.sensor import Sensor
     from foundation_nats.bus.connection import Bus
     from foundation_nats.bus.subjects import Subjects
 
 R = TypeVar("R")
+_NO_FAMILY = FamilyRecord()
+_UNSUPERVISED = Supervision()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +81,18 @@ class Context:
 
     __slots__ = (
         "_emissions",
+        "_family",
+        "_family_kept",
         "_gauges",
         "_guards",
         "_home",
         "_keys",
+        "_link",
+        "_nursery",
         "_offload",
         "_sensor_orders",
         "_stop_reason",
+        "_supervision",
         "agent_id",
         "bus",
         "config",
@@ -112,6 +123,10 @@ class Context:
         self._offload: Offload | None = None
         self._home: StepHome | None = None
         self._sensor_orders: list[Sensor | str] | None = None
+        self._family = self._family_kept = _NO_FAMILY
+        self._link: ParentLink | None = None
+        self._nursery: Nursery | None = None
+        self._supervision = _UNSUPERVISED
 
     @property
     def idempotency_key(self) -> str:
@@ -217,7 +232,9 @@ class Context:
         Raises:
             TypeError: *function* is a coroutine function.
         """
-        return await self._workshop.run_blocking(function, *args, **kwargs)
+        signal = self.signal
+        sequence = STARTING if signal is None else signal.sequence or 0
+        return await self._workshop.call_in_thread(self.agent_id, sequence, function, args, kwargs)
 
     async def run_process(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function in another process, so that no other agent waits for the processor.
@@ -372,6 +389,105 @@ class Context:
         """Stop this agent after the signal in hand; a permanent one is started again."""
         self._stop_reason = reason
 
+    def spawn(
+        self,
+        run: Any,
+        *,
+        tag: str | None = None,
+        id: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        on_parent_death: str = "stop",
+        restart: str = "transient",
+        restart_limit: RestartLimit | Mapping[str, Any] | None = None,
+        place: str = "cluster",
+        critical: bool | None = None,
+        durable: bool | None = None,
+        capabilities: Collection[str] = (),
+        resources: Mapping[str, float] | None = None,
+        placement: Mapping[str, Any] | None = None,
+        on_node_loss: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        subscribe: Collection[str | Subscription] = (),
+    ) -> str:
+        """Have a child: an agent that the cluster runs once the effects of the signal in hand are stored.
+
+        Returns its id, to which signals can be sent at once. It is had once, whatever crashes in
+        between, and not at all if the handler raises. To spawn a *tag* that is there changes
+        nothing; with other arguments the child is restarted with them.
+
+        Args:
+            run: the class, or ``"module:Class"``.
+            tag: what this agent calls it; its *id*, or a number, unless given.
+            id: ``PARENT_TAG`` unless given. Its state is kept under that name: a child that has
+                ended and is spawned again goes on from it.
+            on_parent_death: when this agent has ended for good: ``stop``, ``continue``, or
+                ``emit_orphan``: go on, and be sent ``foundation.orphaned``.
+            restart: ``permanent``; ``transient``: not after it stopped itself; ``temporary``: never.
+            restart_limit: ``{"max_restarts": 10, "within_s": 60}``: more, and it has failed for good.
+            place: ``local``: on the node of this agent, wherever that goes.
+
+        When it runs, this agent is sent ``foundation.child.started``; when it has ended for good,
+        ``foundation.child.exited`` (`ChildStarted`, `ChildExited`).
+
+        Raises:
+            ConfigError: an argument is wrong.
+        """
+        from foundation_nats.agent.kin import spawn
+
+        spec = {
+            "config": config,
+            "critical": critical,
+            "durable": durable,
+            "capabilities": sorted(capabilities),
+            "resources": resources,
+            "placement": placement,
+            "on_node_loss": on_node_loss,
+            "labels": labels,
+            "subscribe": list(subscribe),
+        }
+        return spawn(
+            self,
+            run,
+            tag=tag,
+            id=id,
+            on_parent_death=on_parent_death,
+            restart=restart,
+            restart_limit=restart_limit,
+            place=place,
+            spec=spec,
+        )
+
+    def stop_child(self, tag: str, reason: str = "stopped by its parent") -> bool:
+        """Have a child no more; whether there is one. ``foundation.child.exited`` says when it has ended."""
+        from foundation_nats.agent.kin import stop_child
+
+        return stop_child(self, tag, reason)
+
+    def adopt(self, id: str, *, tag: str | None = None, on_parent_death: str = "stop") -> str:
+        """Make an agent a child that was started by itself, or whose parent has ended; returns its tag.
+
+        It is restarted once, to know its parent. If it has a living one, or there is no such
+        agent, ``foundation.child.exited`` says ``refused``.
+
+        Raises:
+            ConfigError: an argument is wrong.
+        """
+        from foundation_nats.agent.kin import adopt
+
+        return adopt(self, id, tag, on_parent_death)
+
+    def children(self) -> dict[str, Child]:
+        """Its children by tag, in the order in which they were started; those that are ending, too."""
+        return children_of(self._family)
+
+    @property
+    def parent(self) -> Parent | None:
+        """Who has spawned this agent; None: nobody."""
+        from foundation_nats.agent.kin import Parent
+
+        link = self._link
+        return None if link is None else Parent(link.id, link.tag, self._family.orphaned)
+
     def start_sensor(self, sensor: Sensor) -> None:
         """Run a sensor beside the declared ones, once the effects of the signal in hand are stored.
 
@@ -386,6 +502,7 @@ class Context:
 
     def _begin(self, signal: Signal[Any] | None) -> None:
         self.signal = signal
+        self._family = self._family_kept
         self._sensor_orders = None
         self._emissions = []
         self._keys = 0

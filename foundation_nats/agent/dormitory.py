@@ -68,6 +68,8 @@ class Sleeper:
                 sequence, stored_at, cursor=self.cursor, mark=self.mark
             ):
                 return
+        elif message.subject.endswith(".flow"):
+            return  # of an answer that is over
         elif self._asks is None:
             self._asks = [message]
         elif len(self._asks) < ASKS_MAX:

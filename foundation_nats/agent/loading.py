@@ -10,13 +10,15 @@ import importlib
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from foundation_nats.agent.agent import Agent, provided, subscribed
 from foundation_nats.agent.handling import handlings
 from foundation_nats.agent.sensors.sensor import check_sensors
 from foundation_nats.agent.state import dump_state, first_state
 from foundation_nats.base import frames
 from foundation_nats.errors import ConfigError, FoundationError
-from foundation_schemas import ClassInfo
+from foundation_schemas import AgentSpec, ClassInfo
 
 
 def run_name(cls: type[Agent]) -> str:
@@ -43,6 +45,29 @@ def run_name(cls: type[Agent]) -> str:
             "move it to the top of its module"
         )
     return f"{module}:{cls.__qualname__}"
+
+
+def spec_of(run: str, cls: type[Agent]) -> AgentSpec:
+    """What the class says of where and how its agents run.
+
+    Raises:
+        ConfigError: some of it is wrong; names it.
+    """
+    said = {
+        "resources": dict(cls.resources),
+        "placement": cls.placement,
+        "restart": cls.restart,
+        "restart_limit": cls.restart_limit,
+        "on_node_loss": cls.on_node_loss,
+    }
+    try:
+        return AgentSpec.model_validate(
+            {"run": run, **{key: value for key, value in said.items() if value is not None}}
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{run}: {where}: {first['msg']}") from error
 
 
 def load_class(run: str) -> type[Agent]:
@@ -81,6 +106,7 @@ def load_class(run: str) -> type[Agent]:
     provided(found)
     subscribed(found)
     check_sensors(found)
+    spec_of(run, found)
     try:
         dump_state(first_state(found.State))
     except FoundationError as error:
@@ -94,6 +120,7 @@ def describe(run: str) -> ClassInfo:
         cls = load_class(run)
     except ConfigError as error:
         return ClassInfo(run=run, ok=False, error=str(error))
+    said = spec_of(run, cls)
     return ClassInfo(
         run=run,
         ok=True,
@@ -104,4 +131,9 @@ def describe(run: str) -> ClassInfo:
         handles=handlings(cls).types(),
         labels=dict(cls.labels),
         subscribe=subscribed(cls),
+        resources=said.resources,
+        placement=None if cls.placement is None else said.placement,
+        restart=cls.restart,
+        restart_limit=said.restart_limit,
+        on_node_loss=said.on_node_loss,
     )

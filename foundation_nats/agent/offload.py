@@ -25,13 +25,14 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from foundation_nats.agent.offload_child import FAILED, HEADER, NOT_PICKLED
 from foundation_nats.errors import ProcessCrashedError
+from foundation_nats.node.blackbox import BlackBox
 
 R = TypeVar("R")
 
@@ -40,6 +41,10 @@ _CHILD = "foundation_nats.agent.offload_child"
 _EXIT_S = 5.0
 _DEPTH_MAX = 6
 _BREADTH_MAX = 200
+
+
+def _ignore(_: int) -> None:
+    """Nobody wants to know."""
 
 
 class _Threads:
@@ -53,8 +58,8 @@ class _Threads:
         self._busy = 0
         self._threads = 0
 
-    async def run(self, function: Callable[[], R]) -> R:
-        """Call *function* in a thread, as soon as one is free."""
+    async def run(self, function: Callable[[], R], note: Callable[[int], None] = _ignore) -> R:
+        """Call *function* in a thread, as soon as one is free; *note* is told 1 then, -1 at its end."""
         await self._room.acquire()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -62,6 +67,7 @@ class _Threads:
         def finish(result: R | None, error: BaseException | None) -> None:
             self._busy -= 1
             self._room.release()
+            note(-1)
             if future.done():
                 return
             if error is None:
@@ -83,6 +89,7 @@ class _Threads:
                 loop.call_soon_threadsafe(finish, result, error)
 
         self._busy += 1
+        note(1)
         if self._busy > self._threads:
             name = f"{self._name}-{self._threads}"
             self._threads += 1
@@ -226,9 +233,17 @@ class Offload:
     Args:
         threads_max: for `run_blocking`; more calls wait.
         processes_max: for `run_process`; None: one per core.
+        box: told whose calls are in threads.
     """
 
-    def __init__(self, *, threads_max: int = THREADS_MAX, processes_max: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        threads_max: int = THREADS_MAX,
+        processes_max: int | None = None,
+        box: BlackBox | None = None,
+    ) -> None:
+        self._box = box or BlackBox()
         self._threads_max = threads_max
         self._processes_max = processes_max or os.cpu_count() or 1
         self._threads: _Threads | None = None
@@ -240,11 +255,25 @@ class Offload:
         Raises:
             TypeError: it is a coroutine function.
         """
+        return await self.call_in_thread("", 0, function, args, kwargs)
+
+    async def call_in_thread(
+        self,
+        agent: str,
+        sequence: int,
+        function: Callable[..., R],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> R:
+        """As `run_blocking`, and for whom: the handler of that signal of *agent*."""
         _check_plain(function, "run_blocking")
         if self._threads is None:
             self._threads = _Threads(self._threads_max, "foundation-blocking")
         context = contextvars.copy_context()
-        return await self._threads.run(lambda: context.run(function, *args, **kwargs))
+        return await self._threads.run(
+            lambda: context.run(function, *args, **kwargs),
+            lambda change: self._box.in_thread(agent, sequence, change),
+        )
 
     async def run_process(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call *function* in a process.

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from foundation_nats.agent.steps import StepLedger
 from foundation_nats.errors import StateInvalidError
-from foundation_schemas import StateRecord
+from foundation_schemas import FamilyRecord, StateRecord
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ def encode_record(
     skip: Sequence[int] = (),
     steps: StepLedger | None = None,
     sensors: dict[str, Any] | None = None,
+    family: FamilyRecord | None = None,
     schema_version: int = 1,
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
@@ -87,6 +88,8 @@ def encode_record(
         body["steps"] = steps.encoded()
     if sensors:
         body["sensors"] = sensors
+    if family is not None and not family.is_blank:
+        body["family"] = family.model_dump(mode="json", exclude_defaults=True)
     return orjson.dumps(body)
 
 

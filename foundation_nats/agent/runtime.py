@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from datetime import timedelta
 from secrets import token_hex
 from typing import Any
@@ -30,6 +30,7 @@ from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.context import Context
 from foundation_nats.agent.dormitory import Dormitory
 from foundation_nats.agent.guards import Guards
+from foundation_nats.agent.kin import WishingNursery, join
 from foundation_nats.agent.loading import describe, load_class
 from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.outbox import (
@@ -138,6 +139,7 @@ class Runtime:
             processes_max=config.worker.processes_max,
             box=host.blackbox,
         )
+        self._nursery = WishingNursery(host.bus, host.subjects, self.is_valid, describe)
         self._activations: dict[str, Activation] = {}
         self._fingerprint = 0
         self._claiming: dict[str, int] = {}
@@ -188,12 +190,15 @@ class Runtime:
                 if self._claiming.get(record.id) == record.epoch:
                     del self._claiming[record.id]
 
-    async def stop(self, agents: dict[str, int], reason: str) -> None:
+    async def stop(
+        self, agents: dict[str, int], reason: str, targets: Mapping[str, str] | None = None
+    ) -> None:
         """Stop these agents; see `Workload.stop`."""
         ending = []
         for agent, epoch in agents.items():
             activation = self._activations.get(agent)
             if activation is not None and activation.epoch <= epoch:
+                activation.target = None if targets is None else targets.get(agent)
                 ending.append(self._end(activation, reason))
             elif activation is None:
                 self._wake_no_more(agent, epoch)
@@ -426,6 +431,7 @@ class Runtime:
                 OutboxItem(item.subject, item.msg_id, orjson.dumps(item.body), item.headers)
                 for item in stored.outbox
             ]
+        join(agent, record.spec.parent, stored.family if stored else None, self._nursery)
         recovered = record.recovered_from
         activation = Activation(
             self,
@@ -474,6 +480,7 @@ class Runtime:
             skip=activation.skip,
             steps=activation.step_ledger,
             sensors=activation.positions,
+            family=agent.ctx._family_kept,
             schema_version=cls.State.version,
         )
         return activation, payload

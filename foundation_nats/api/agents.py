@@ -29,8 +29,7 @@ from foundation_schemas import (
     AgentSpec,
     AgentStatus,
     Deployment,
-    OnNodeLoss,
-    PlacementPolicy,
+    RestartLimit,
     StateRecord,
     StepRecord,
     Subscription,
@@ -62,7 +61,8 @@ class Agents:
         placement: dict[str, Any] | None = None,
         on_node_loss: str | None = None,
         config: dict[str, Any] | None = None,
-        restart: str = "permanent",
+        restart: str | None = None,
+        restart_limit: RestartLimit | dict[str, Any] | None = None,
         reservation: str | Reservation | None = None,
         labels: dict[str, str] | None = None,
         subscribe: Collection[str | Subscription] = (),
@@ -76,6 +76,7 @@ class Agents:
 
         Args:
             run: the class, or ``"module:Class"`` as the nodes can import it.
+            restart_limit: more restarts than ``{"max_restarts": 3, "within_s": 60}`` and it is left alone.
             reservation: of `cluster.resources.reserve`: the agent starts on its node, and it
                 becomes the agent's share. If it has expired, or the node can't run the
                 agent, the agent is placed like any other.
@@ -90,20 +91,25 @@ class Agents:
         """
         name = run if isinstance(run, str) else run_name(run)
         try:
-            spec = AgentSpec(
-                run=name,
-                critical=bool(critical),
-                durable=True if durable is None else durable,
-                capabilities=sorted(capabilities),
-                resources=resources or {},
-                placement=PlacementPolicy.model_validate(placement or {}),
-                on_node_loss=OnNodeLoss(on_node_loss) if on_node_loss else None,
-                config=config or {},
-                restart=restart,
-                reservation=reservation.id if isinstance(reservation, Reservation) else reservation,
-                labels=labels or {},
-                subscribe=list(subscribe),  # type: ignore[arg-type]
-            )
+            given = {
+                "critical": critical,
+                "durable": durable,
+                "capabilities": sorted(capabilities) or None,
+                "resources": resources,
+                "placement": placement,
+                "on_node_loss": on_node_loss or None,
+                "config": config,
+                "restart": restart,
+                "restart_limit": restart_limit,
+                "reservation": reservation.id
+                if isinstance(reservation, Reservation)
+                else reservation,
+                "labels": labels,
+                "subscribe": list(subscribe) or None,
+            }
+            # What was not given, the class may say.
+            said = {key: value for key, value in given.items() if value is not None}
+            spec = AgentSpec.model_validate({"run": name, **said})
             wish = Deployment(name=id, spec=spec, standalone=True)
         except ValueError as error:
             raise ConfigError(f"agent {id!r}: {error}") from error
@@ -178,7 +184,7 @@ class Agents:
             record = rpc.decode(AgentRecord, entry.value)
             if record.status is not AgentStatus.FAILED:
                 raise ConflictError(f"Agent {id} is {record.status}; it has not failed.", id=id)
-            after = record.model_copy(update={"failures": 0, "reason": "released"})
+            after = record.model_copy(update={"failures": 0, "restarts": [], "reason": "released"})
             try:
                 await self._bucket.replace(id, rpc.encode(after), expected=entry.revision)
             except StaleRevisionError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import lru_cache
 from secrets import token_hex
@@ -15,6 +16,7 @@ from uuid import uuid4
 
 from foundation_nats.agent.signal import Payload, typed
 from foundation_nats.api.agents import Agents
+from foundation_nats.api.breakers import BreakerInfo, BreakerRule, Breakers, rule_of
 from foundation_nats.api.consensus import Consensus
 from foundation_nats.api.deployments import Deployments
 from foundation_nats.api.leases import Leases
@@ -24,6 +26,7 @@ from foundation_nats.api.nodes import Nodes
 from foundation_nats.api.refs import AgentInfo, AgentRef
 from foundation_nats.api.resources import Resources
 from foundation_nats.api.signals import Signals
+from foundation_nats.api.streaming import Talk
 from foundation_nats.api.taps import Taps
 from foundation_nats.api.topology import take_topology
 from foundation_nats.api.watching import NodeChanges
@@ -32,7 +35,7 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import assets
 from foundation_nats.bus.connection import Bus
-from foundation_nats.bus.rpc import read_reply
+from foundation_nats.bus.rpc import read_reply, to_json
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.bus.wire import Message
 from foundation_nats.cluster.events import Events as ClusterEvents
@@ -59,6 +62,7 @@ from foundation_schemas import AgentStatus, LeaseRecord, Receipt, Target, Target
 _ASK_AGAIN_S = 0.05
 _MOVING_S = 0.01
 _READY_TIMEOUT_S = 10.0
+_ARRIVED = (AgentStatus.RUNNING, AgentStatus.HIBERNATED)
 
 
 class Cluster:
@@ -95,6 +99,7 @@ class Cluster:
         self.mover = Mover(self)
         self.resources = Resources(self)
         self.signals = Signals(self)
+        self._breakers = Breakers(self._emit)
 
     @classmethod
     def connect(
@@ -180,10 +185,10 @@ class Cluster:
     ) -> Receipt:
         """Store a signal; it is durable once this returns.
 
-        *type* may be a `Payload`, which is type and data in one. It needs no running agent: the signal waits for its receiver. A repeat
-        with the same *id* takes effect once. What is not handled within *ttl* seconds, or by
-        *deadline*, is not handled any more but a dead letter with the code ``expired``. For later
-        and again and again: `signals.schedule`.
+        *type* may be a `Payload`, which is type and data in one. It needs no running agent: the
+        signal waits for its receiver. A repeat with the same *id* takes effect once. What is not
+        handled within *ttl* seconds, or by *deadline*, is not handled any more but a dead letter
+        with the code ``expired``. For later and again and again: `signals.schedule`.
 
         Raises:
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
@@ -229,6 +234,7 @@ class Cluster:
         *,
         timeout: float = 5.0,
         deadline: datetime | None = None,
+        breaker: bool | BreakerRule | None = None,
     ) -> Any:
         """Ask one agent and return its handler's result, as plain JSON values.
 
@@ -236,33 +242,29 @@ class Cluster:
         what it changed is stored before the answer. ``any:`` and
         ``capability:`` ask one running agent that provides it. After *deadline* it is not
         begun, by the clock of the agent's machine; without one it may still be handled
-        when nobody waits any more. `signals.ask_all` asks many.
+        when nobody waits any more. `signals.ask_all` asks many, `ask_stream` gets many items.
+
+        Args:
+            breaker: after so many questions of this client without an answer (True: 5 within 30 s) *target*
+                is not asked for a while; see `breakers`.
 
         Raises:
+            BreakerOpenError: it was not asked, because of *breaker*.
             AgentNotFoundError: there is no such agent.
             AgentUnavailableError: it is not running now; nothing was handled.
             AskTimeoutError: no answer in time; it may have been handled.
             HandlerError, PayloadInvalidError, UnhandledSignalError: the agent's answer.
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
         """
-        parsed = _target(target)
-        type, data = typed(type, data)
-        _check_type(type)
-        id = uuid4().hex
         ends = monotonic() + timeout
-        try:
-            payload = encode_envelope(
-                id=id,
-                source=self._publisher.source,
-                type=type,
-                target=str(parsed),
-                data=data,
-                deadline=deadline_text(datetime.now(UTC), deadline=deadline),
-            )
-        except TypeError as error:
-            raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
-        except ValueError as error:
-            raise ConfigError(f"{type}: {error}.") from error
+        parsed, _, payload = self._question(target, type, data, deadline)
+        rule = rule_of(breaker)
+        if rule is None:
+            return await self._ask(parsed, payload, ends, timeout)
+        with self._breakers.around(str(parsed), rule):
+            return await self._ask(parsed, payload, ends, timeout)
+
+    async def _ask(self, parsed: Target, payload: bytes, ends: float, timeout: float) -> Any:
         agent = parsed.name if parsed.kind is TargetKind.AGENT else await self._one_of(parsed)
         subject = self.subjects.ask(agent)
         arrived = False
@@ -277,7 +279,7 @@ class Cluster:
                 if not moves or arrived or monotonic() + _ASK_AGAIN_S >= ends:
                     raise why from None
                 # On its way to another node, or just there: nobody has seen the question.
-                arrived = why.details.get("status") in (AgentStatus.RUNNING, AgentStatus.HIBERNATED)
+                arrived = why.details.get("status") in _ARRIVED
                 await asyncio.sleep(_MOVING_S)
             except AgentUnavailableError as error:
                 # Refused before anybody has handled it: asking again is safe.
@@ -290,6 +292,101 @@ class Cluster:
                     hint="It may have handled the question all the same.",
                     agent=agent,
                 ) from error
+
+    def breakers(self) -> list[BreakerInfo]:
+        """The circuit breakers of this client: those of targets that were asked with one."""
+        return self._breakers.list()
+
+    async def ask_stream(
+        self,
+        target: str | AgentRef | Target,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        timeout: float = 30.0,
+        window: int = 64,
+        deadline: datetime | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Ask one agent whose handler yields its answer item by item: ``async for item in …``.
+
+        The handler is an async generator; it is run no further than *window* items ahead of
+        whoever iterates. To leave early, `aclose` the iterator (``contextlib.aclosing``): the
+        handler is ended, and nothing of what it did is kept. Items are provisional until the
+        iteration has ended by itself: then the handler's effects are stored. While it answers, the
+        agent handles nothing else. A handler that is no generator gives one item.
+
+        Args:
+            timeout: for the first item, and for each next one from when it is asked for.
+            window: how many items may be on their way.
+            deadline: after it the question is not begun.
+
+        Raises:
+            AgentNotFoundError, AgentUnavailableError: as `ask`; in the middle: nothing was kept.
+            AskTimeoutError: no item in time, or the agent is gone in the middle; what it did may be kept.
+            HandlerError, PayloadInvalidError, UnhandledSignalError: the agent's answer; nothing was kept.
+            ConfigError: an argument is wrong.
+        """
+        if window < 1:
+            raise ConfigError(f"ask_stream: window must be at least 1, not {window}.")
+        ends = monotonic() + timeout
+        parsed, id, payload = self._question(target, type, data, deadline)
+        payload = b"%b,%b}" % (payload[:-1], to_json({"replies": window})[1:-1])
+        agent = parsed.name if parsed.kind is TargetKind.AGENT else await self._one_of(parsed)
+        arrived = False
+        while True:
+            talk = Talk(self, agent, id, payload, window, timeout)
+            try:
+                try:
+                    await talk.begin(ends - monotonic())
+                except NoRespondersError:
+                    why, moves = await self._why_nobody(agent)
+                    if not moves or arrived or monotonic() + _ASK_AGAIN_S >= ends:
+                        raise why from None
+                    arrived = why.details.get("status") in _ARRIVED
+                    await asyncio.sleep(_MOVING_S)
+                    continue
+                except AgentUnavailableError as error:
+                    if "refused" not in error.details or monotonic() + _ASK_AGAIN_S >= ends:
+                        raise
+                    await asyncio.sleep(_ASK_AGAIN_S)
+                    continue
+                async with aclosing(talk.items()) as items:
+                    async for item in items:
+                        yield item
+                return
+            finally:
+                talk.close()
+
+    def _question(
+        self,
+        target: str | AgentRef | Target,
+        type: str | Payload,
+        data: Any,
+        deadline: datetime | None,
+    ) -> tuple[Target, str, bytes]:
+        """Whom a question is for, its id, and its bytes.
+
+        Raises:
+            ConfigError: something is wrong with it.
+        """
+        parsed = _target(target)
+        type, data = typed(type, data)
+        _check_type(type)
+        id = uuid4().hex
+        try:
+            payload = encode_envelope(
+                id=id,
+                source=self._publisher.source,
+                type=type,
+                target=str(parsed),
+                data=data,
+                deadline=deadline_text(datetime.now(UTC), deadline=deadline),
+            )
+        except TypeError as error:
+            raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{type}: {error}.") from error
+        return parsed, id, payload
 
     async def _answer(self, agent: str, subject: str, payload: bytes, timeout: float) -> Any:
         """Ask once; returns the answer of whoever has the agent.

@@ -13,6 +13,7 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.registry import Held
+from foundation_nats.control.declaring import declared
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.diff import DeploymentChange, Preview, preview
 from foundation_nats.control.rollouts import Phase, Rollout, rollout_of, target_of
@@ -129,18 +130,7 @@ class Deployments:
         wrong = [info.error or f"{info.run} can't run" for info in infos.values() if not info.ok]
         if wrong:
             raise ConfigError("; ".join(wrong))
-        return [self._declared(item, infos[item.spec.run]) for item in deployments]
-
-    def _declared(self, item: Deployment, info: ClassInfo) -> Deployment:
-        spec = item.spec
-        update = {
-            "capabilities": sorted({*spec.capabilities, *info.capabilities}),
-            "durable": spec.durable and info.durable,
-            "critical": spec.critical or info.critical,
-            "labels": {**info.labels, **spec.labels},
-            "subscribe": [*info.subscribe, *(s for s in spec.subscribe if s not in info.subscribe)],
-        }
-        return item.model_copy(update={"spec": spec.model_copy(update=update)})
+        return [declared(item, infos[item.spec.run]) for item in deployments]
 
     async def _describe(self, runs: builtins.list[str]) -> dict[str, ClassInfo] | None:
         """What is behind each *run*, by the first node that answers; None if none does."""

@@ -7,6 +7,7 @@ escaped here. Above each function stands its result for the cluster ``C``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from foundation_schemas.signal import Target, TargetKind
 
@@ -51,6 +52,11 @@ class Subjects:
     def ask(self, agent: str) -> str:
         """Request and reply with *agent*."""
         return f"fnd.{self.cluster}.agent.{agent}.ask"
+
+    # fnd.C.agent.<agent>.flow
+    def flow(self, agent: str) -> str:
+        """Credit for the items of an answer of *agent*, or the order to end it; see api/streaming.py."""
+        return f"fnd.{self.cluster}.agent.{agent}.flow"
 
     # fnd.C.agent.<agent>.trace
     def trace(self, agent: str) -> str:
@@ -128,6 +134,12 @@ class Subjects:
         """Ask a worker process to do *verb*; ``*`` subscribes to all verbs."""
         return f"fnd.{self.cluster}.control.worker.{worker}.{verb}"
 
+    # fnd.C.web.<port>.<digest of the path>
+    def web(self, port: int, path: str) -> str:
+        """Ask the worker whose agent has the HTTP endpoint *path* to answer a request."""
+        digest = blake2b(path.encode(), digest_size=12).hexdigest()
+        return f"fnd.{self.cluster}.web.{port}.{digest}"
+
     # fnd.C.event.<topic>.<what>
     def event(self, topic: str, what: str) -> str:
         """Where an event is published; stored in EVENTS."""
@@ -166,6 +178,11 @@ class Subjects:
         return f"fnd.{self.cluster}.domain.*"
 
     # ---- work queues ------------------------------------------------------------
+
+    # fnd.C.barrier.<name>
+    def barrier(self, name: str) -> str:
+        """Where the parties of a crowded barrier say that they come; not stored."""
+        return f"fnd.{self.cluster}.barrier.{name}"
 
     # fnd.C.queue.<name>.<part>
     def queue(self, name: str, part: str) -> str:

@@ -19,6 +19,8 @@ from foundation_nats.config import Config
 from foundation_nats.consensus.election import Election
 from foundation_nats.control.autoscaler import Autoscaler
 from foundation_nats.control.desired import Desired
+from foundation_nats.control.herald import Herald
+from foundation_nats.control.kin_keeper import KinKeeper
 from foundation_nats.control.mover import Mover
 from foundation_nats.control.reclaimer import Reclaimer
 from foundation_nats.control.reconciler import Reconciler
@@ -70,6 +72,8 @@ class Controller:
         self.autoscaler = Autoscaler(
             bus, subjects, membership, self.desired, config.control.autoscale_every_s
         )
+        self.kin = KinKeeper(bus, subjects, registry, self.desired, membership.node)
+        self.herald = Herald(bus, subjects, membership, registry, self.upkeep)
         self.election = Election(
             bus,
             subjects,
@@ -115,6 +119,8 @@ class Controller:
         await self.ledgers.open(scope, timeout=timeout)
         self.reconciler.open(scope)
         self.mover.open(scope)
+        self.kin.open(scope)
+        self.herald.open(scope)
         scope.start(self.autoscaler.run(), "autoscaler")
         scope.start(self.reclaimer.run(), "reclaimer")
         if self._eligible:
@@ -137,6 +143,8 @@ class Controller:
         self.mover.lead(term)
         self.autoscaler.lead(term)
         self.reclaimer.lead(term)
+        self.kin.lead(term)
+        self.herald.lead(term)
         if self._on_leading is not None:
             self._on_leading(term)
 
@@ -146,6 +154,8 @@ class Controller:
         self.mover.lead(None)
         self.autoscaler.lead(None)
         self.reclaimer.lead(None)
+        self.kin.lead(None)
+        self.herald.lead(None)
         if self._on_leading is not None:
             self._on_leading(None)
 

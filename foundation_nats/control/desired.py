@@ -9,6 +9,7 @@ applying the same wishes again completes it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from foundation_nats.errors import (
     StaleRevisionError,
 )
 from foundation_nats.placement.strategies import check_strategy
-from foundation_schemas import Deployment
+from foundation_schemas import Deployment, Ending
 
 _ATTEMPTS = 5
 _GONE_MAX = 1_000
@@ -153,6 +154,14 @@ class Desired:
             )
         todo = [c for c in changes if c.kind in (ChangeKind.ADDED, ChangeKind.CHANGED)]
         for change in todo:
+            before = change.before
+            if before is not None and before.spec.parent is not None:
+                raise AlreadyExistsError(
+                    f"{change.name} is a child of {before.spec.parent.id}.",
+                    hint="Choose another id, or stop it first.",
+                    agent=change.name,
+                )
+        for change in todo:
             if change.after is not None:
                 check_strategy(change.after.spec.placement.strategy, change.name)
         began = utc_text()  # the leader acts on each wish as soon as it is there
@@ -241,12 +250,15 @@ class Desired:
             wish = make(current)
             if wish == current:
                 return current
-            if await self._write(succeeding(current, wish, at=utc_text(), failed=failed)):
-                return self._wishes[name]
+            after = succeeding(current, wish, at=utc_text(), failed=failed)
+            if await self._write(after):
+                return self._wishes.get(name, after)  # it may be deleted by now
         raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
 
     async def delete(self, name: str) -> None:
         """Withdraw a wish: its agents are stopped and forgotten.
+
+        That of a child is marked first, so that its parent hears of it; the leader does the rest.
 
         Raises:
             DeploymentNotFoundError: there is no such deployment.
@@ -256,6 +268,10 @@ class Desired:
             known = self._known.get(name)
             if known is None:
                 raise _unknown(name)
+            if known.deployment.spec.parent is not None:
+                await self.change(name, _ending)
+                self._events.emit("deployment", "deleted", f"{name} was deleted.", name=name)
+                return
             try:
                 await self.bucket.delete(name, expected=known.revision)
             except StaleRevisionError:
@@ -265,6 +281,19 @@ class Desired:
             self._events.emit("deployment", "deleted", f"{name} was deleted.", name=name)
             return
         raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
+
+    async def withdraw(self, wish: Deployment) -> None:
+        """Delete the wish of a child that has ended, if it is still this one.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: it may be there still.
+        """
+        known = self._known.get(wish.name)
+        if known is None or known.deployment != wish:
+            return
+        with contextlib.suppress(StaleRevisionError):
+            await self.bucket.delete(wish.name, expected=known.revision)
+        await self._read(wish.name)
 
     async def _read(self, name: str) -> None:
         entry = await self.bucket.read(name)
@@ -317,6 +346,12 @@ class Desired:
             return False
         self._apply(wish.name, wish, ack.sequence)
         return True
+
+
+def _ending(wish: Deployment) -> Deployment:
+    if wish.ending is not None:
+        return wish
+    return wish.model_copy(update={"ending": Ending(reason="stopped by hand")})
 
 
 def _unknown(name: str) -> DeploymentNotFoundError:

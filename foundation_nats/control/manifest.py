@@ -35,6 +35,7 @@ from foundation_schemas import (
     Deployment,
     OnNodeLoss,
     PlacementPolicy,
+    RestartLimit,
     UpdatePolicy,
     WhenUnsatisfiable,
 )
@@ -69,6 +70,7 @@ _AGENT = (
     "on_node_loss",
     "config",
     "restart",
+    "restart_limit",
     "labels",
     "subscribe",
 )
@@ -248,6 +250,8 @@ class _Parser:
             )
         if item.get("restart") is not None:
             spec["restart"] = self._choice(item, "restart", _RESTART)
+        if item.get("restart_limit") is not None:
+            spec["restart_limit"] = self._section(item, "restart_limit", RestartLimit)
         if item.get("config") is not None:
             spec["config"] = self._config(item)
         if item.get("labels") is not None:

@@ -19,7 +19,13 @@ Rules, per agent that some deployment wants:
   is (or is down); before that the node might yet run it.
 - ``failed``: placed anew after `failed_backoff_s` × 2^failures, at most
   `failed_backoff_max_s`; never if ``restart: temporary``. After `quarantine_after`
-  failures in a row it is left alone until it is released or its spec changes.
+  failures in a row it is left alone until it is released or its spec changes; the same
+  after more restarts than its `restart_limit` allows.
+- ``temporary``: never started again, also not when its node is down, unless `on_node_loss`
+  or `critical` says otherwise.
+- a child that is kept where its parent runs: placed there and nowhere else, once the parent
+  has a place; stopped and placed again where the parent has gone elsewhere.
+- a child that is ending (`kinship`) is wished for by nobody.
 - it runs another spec than wished: stopped, then placed again where it was. At
   most `update.max_unavailable` of a deployment's agents are not running because
   of this; a new spec that doesn't start stops the change from going on (and
@@ -58,6 +64,7 @@ from foundation_nats.control.commands import (
     Stop,
 )
 from foundation_nats.control.moves import is_arriving
+from foundation_nats.control.restarts import restarted, too_many
 from foundation_nats.placement.constraints import Usage
 from foundation_nats.placement.place import Placer, Unplaceable, Wanted
 from foundation_nats.placement.score import LoadSteps, remember
@@ -127,6 +134,7 @@ class _Open:
     recovered_from: RecoveredFrom | None = None
     prefer: str | None = None
     only: str | None = None
+    restarts: list[str] = field(default_factory=list)
 
     @property
     def urgency(self) -> int:
@@ -150,6 +158,8 @@ def effective_policy(spec: AgentSpec) -> OnNodeLoss | None:
     """What becomes of the agent when its node is down; None: wait for a grace, then restart."""
     if spec.on_node_loss is None and spec.critical:
         return OnNodeLoss.RESTART
+    if spec.on_node_loss is None and spec.restart == "temporary":
+        return OnNodeLoss.STOP
     return spec.on_node_loss
 
 
@@ -230,6 +240,9 @@ class _Planner:
         matched = 0
         for name in sorted(self._desired):
             deployment = self._desired[name]
+            if deployment.ending is not None:
+                continue
+            link = deployment.spec.parent
             ids = _ids(deployment)
             digest = self._history.digest(deployment)
             running = 0
@@ -237,7 +250,8 @@ class _Planner:
             for agent in ids:
                 item = held.get(agent)
                 if item is None:
-                    self._open.append(_Open(deployment, digest, None, agent, Cause.NEW))
+                    if link is None or not link.local or self._place_of(link.id) is not None:
+                        self._open.append(_Open(deployment, digest, None, agent, Cause.NEW))
                     continue
                 matched += 1
                 record = item.record
@@ -257,7 +271,9 @@ class _Planner:
                         if record.desired != "run":
                             self._take_at_target(record, name)
                             continue
-                        if record.digest != digest:
+                        if link is not None and link.local and self._is_astray(record, link.id):
+                            self._stop(item, returns=True)
+                        elif record.digest != digest:
                             rolling.append(item)
                         elif record.status is not AgentStatus.RUNNING:
                             self._starting(item)
@@ -270,6 +286,24 @@ class _Planner:
                 budget = deployment.update.budget(len(ids))
                 self._roll(rolling, budget - (len(ids) - running))
         return matched
+
+    def _place_of(self, parent: str) -> str | None:
+        """The node on which a parent runs or starts, if that lives."""
+        item = self._held.get(parent)
+        record = None if item is None else item.record
+        if record is None or record.status not in _ACTIVE or record.node is None:
+            return None
+        view = self._nodes.get(record.node)
+        if view is None or not view.is_alive or view.incarnation != record.incarnation:
+            return None
+        return record.node
+
+    def _is_astray(self, record: AgentRecord, parent: str) -> bool:
+        """Whether a child that belongs to its parent's node is elsewhere."""
+        item = self._held.get(parent)
+        home = self._place_of(parent)
+        settled = item is not None and item.record.status is AgentStatus.RUNNING
+        return settled and home is not None and home != record.node
 
     def _take_at_target(self, record: AgentRecord, group: str) -> None:
         """An agent on its way takes its place on both nodes."""
@@ -318,6 +352,8 @@ class _Planner:
             case AgentStatus.FAILED:
                 if changed or record.desired != "run":
                     self._reopen(deployment, digest, item, Cause.RETRY)
+                elif (record.reason or "").startswith(QUARANTINED):
+                    pass
                 elif (backoff := self._config.retry_s(record.failures)) is None:
                     self._quarantine(item)
                 elif spec.restart != "temporary":
@@ -333,7 +369,12 @@ class _Planner:
             self._wake_in(pause - waited)
             return
         stopped = item.record.status is AgentStatus.STOPPED
-        self._reopen(deployment, digest, item, Cause.RESTARTED if stopped else Cause.RETRY)
+        times = restarted(item.record, self._at)
+        if times is None:
+            self._quarantine(item, too_many(deployment.spec.restart_limit))
+            return
+        cause = Cause.RESTARTED if stopped else Cause.RETRY
+        self._reopen(deployment, digest, item, cause, restarts=times)
 
     def _lost(self, deployment: Deployment, digest: str, item: Held) -> None:
         record = item.record
@@ -344,7 +385,11 @@ class _Planner:
         if view is None or view.incarnation < record.incarnation:
             return  # our view of the nodes is behind the record
         policy = effective_policy(deployment.spec)
-        if is_arriving(record):
+        link = deployment.spec.parent
+        follows = link is not None and link.local and self._place_of(link.id) is not None
+        if follows and policy in (None, OnNodeLoss.RESTART):
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+        elif is_arriving(record):
             # It was on its way there, and may as well go elsewhere: it has no home to wait for.
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
         elif policy is OnNodeLoss.STOP:
@@ -370,7 +415,9 @@ class _Planner:
         record = item.record
         policy = effective_policy(deployment.spec)
         view = None if record.node is None else self._nodes.get(record.node)
-        if record.node is None or policy is OnNodeLoss.RESTART:
+        link = deployment.spec.parent
+        follows = link is not None and link.local and self._place_of(link.id) is not None
+        if record.node is None or policy is OnNodeLoss.RESTART or (follows and policy is None):
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
         elif policy is OnNodeLoss.STOP:
             self._stopped_by_loss(deployment, digest, item)
@@ -384,7 +431,12 @@ class _Planner:
                 self._wake_in(self._config.unavailable_grace_s - waited)
 
     def _look_at_unwanted(self) -> None:
-        wanted = {agent for deployment in self._desired.values() for agent in _ids(deployment)}
+        wanted = {
+            agent
+            for deployment in self._desired.values()
+            if deployment.ending is None
+            for agent in _ids(deployment)
+        }
         for agent, item in self._held.items():
             if agent in wanted:
                 continue
@@ -456,12 +508,15 @@ class _Planner:
         if policy is None:
             self._wake_in(self._config.unavailable_grace_s)
 
-    def _quarantine(self, item: Held) -> None:
+    def _quarantine(self, item: Held, why: str | None = None) -> None:
         record = item.record
-        if (record.reason or "").startswith(QUARANTINED):
-            return
-        reason = f"{QUARANTINED} after {record.failures} failed starts: {record.reason}"
-        after = record.model_copy(update={"reason": reason, "since": self._at})
+        why = why or f"{record.failures} failed starts"
+        update = {
+            "status": AgentStatus.FAILED,
+            "reason": f"{QUARANTINED} after {why}: {record.reason}",
+            "since": self._at,
+        }
+        after = record.model_copy(update=update)
         self._commands.append(Quarantine(record.id, after, item.revision))
 
     def _mark_stopped(self, item: Held) -> None:
@@ -482,8 +537,20 @@ class _Planner:
         )
         self._commands.append(MarkStopped(record.id, after, item.revision))
 
-    def _reopen(self, deployment: Deployment, digest: str, item: Held, cause: Cause) -> None:
+    def _reopen(
+        self,
+        deployment: Deployment,
+        digest: str,
+        item: Held,
+        cause: Cause,
+        *,
+        restarts: list[str] | None = None,
+    ) -> None:
         record = item.record
+        link = deployment.spec.parent
+        if link is not None and link.local and self._place_of(link.id) is None:
+            return  # it waits for its parent, whose record will change
+        times = record.restarts if restarts is None and deployment.spec.restart_limit else restarts
         home = record.node or self._history.homes.get(record.id)
         recovered = record.recovered_from
         prefer = only = None
@@ -509,7 +576,7 @@ class _Planner:
         if deployment.spec.placement.strategy == Strategy.LOCAL_PREFERRED:
             prefer = home
         self._open.append(
-            _Open(deployment, digest, item, record.id, cause, recovered, prefer, only)
+            _Open(deployment, digest, item, record.id, cause, recovered, prefer, only, times or [])
         )
 
     # ---- placing ------------------------------------------------------------------
@@ -551,6 +618,8 @@ class _Planner:
         nodes, commands = self._nodes, self._commands
         for item in opened:
             spec = item.deployment.spec
+            if spec.parent is not None and spec.parent.local:
+                item.only = self._place_of(spec.parent.id)
             found = placer.place(
                 Wanted(
                     item.agent,
@@ -613,6 +682,7 @@ class _Planner:
                 "reason": reason,
                 "recovered_from": item.recovered_from,
                 "failures": before.failures if before is not None and same else 0,
+                "restarts": item.restarts if same else [],
             },
         )
 

@@ -2,6 +2,9 @@
 
 There is no coordinator. Who has arrived is one record; the arrival that completes it
 ends the generation in the same write, and whoever sees its time pass breaks it.
+In a crowd each party first says aloud that it comes, waits a moment, and then writes down all that it has
+heard of, unless another one was faster: so a hundred arrivals are a few writes, not a hundred that
+are in each other's way. What was said and not written counts for nothing.
 
 Guaranteed: of one generation either every party that asks learns that it ended, or every one
 that it broke, with who was missing; it ends only after all parties have arrived. The time is the
@@ -16,14 +19,20 @@ stands; only who is cancelled takes it back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from secrets import token_hex
 
+import orjson
+
 from foundation_nats.base.clock import monotonic
+from foundation_nats.bus.wire import Message
 from foundation_nats.coordination.cell import Cell, checked
 from foundation_nats.coordination.lock import Connection
 from foundation_nats.errors import (
     BarrierBrokenError,
+    BusError,
     BusTimeoutError,
     BusUnavailableError,
     ConfigError,
@@ -33,8 +42,9 @@ from foundation_schemas.coordination import BarrierRecord
 
 _PARTIES_MAX = 500
 _CROWD = 20
-_PACE_S = 0.004
-"""Per party of a crowd: every arrival changes the one record, and all the others hear of it."""
+_PACE_S = 0.0005
+"""Per party of a crowd: so long arrivals are gathered, and the record is not read by all at once."""
+_GONE_MAX = 1000
 _BROKEN_MAX = 64
 _WITHDRAW_S = 1.0
 _GRACE_S = 3.0
@@ -66,6 +76,8 @@ def lapsed(record: BarrierRecord, now: float) -> BarrierRecord:
             "generation": record.generation + 1,
             "arrived": {},
             "deadline": None,
+            "last": sorted(record.arrived.values()),
+            "gone": [],
             "broken": broken,
             "forgotten": forgotten,
         }
@@ -84,11 +96,51 @@ def arrived(
                 "arrived": {},
                 "deadline": None,
                 "last": sorted(there.values()),
+                "gone": [],
             }
         )
     until = now + timeout
     deadline = until if record.deadline is None else min(record.deadline, until)
     return record.model_copy(update={"arrived": there, "deadline": deadline})
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Somebody who has said that it comes."""
+
+    party: str
+    token: str
+    generation: int
+    until: float
+    """After it, by the server's clock, the generation is to break."""
+
+
+def read_coming(data: bytes) -> Coming | None:
+    """Such a message; None: it is none."""
+    try:
+        body = orjson.loads(data)
+        return Coming(
+            str(body["party"]), str(body["token"]), int(body["generation"]), float(body["until"])
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def gathered(record: BarrierRecord, coming: Iterable[Coming], now: float) -> BarrierRecord:
+    """*record* with those who come to its present generation, until it is complete."""
+    generation = record.generation
+    for one in coming:
+        if record.generation != generation:
+            break
+        if (
+            one.generation == generation
+            and one.party not in record.arrived
+            and one.token not in record.gone
+            and one.until > now
+            and (record.names is None or one.party in record.names)
+        ):
+            record = arrived(record, one.party, one.token, now, one.until - now)
+    return record
 
 
 def was_in(record: BarrierRecord, generation: int, token: str) -> bool:
@@ -99,12 +151,15 @@ def was_in(record: BarrierRecord, generation: int, token: str) -> bool:
 
 
 def left(record: BarrierRecord, generation: int, party: str, token: str) -> BarrierRecord | None:
-    """*record* without the arrival *token*; None if it is not there."""
-    if record.generation != generation or record.arrived.get(party) != token:
+    """*record* without the arrival *token*, which nobody may add any more; None: it is over, or done."""
+    if record.generation != generation or token in record.gone:
         return None
+    gone = [*record.gone, token][-_GONE_MAX:]
+    if record.arrived.get(party) != token:
+        return record.model_copy(update={"gone": gone})
     there = {name: value for name, value in record.arrived.items() if name != party}
     deadline = record.deadline if there else None
-    return record.model_copy(update={"arrived": there, "deadline": deadline})
+    return record.model_copy(update={"arrived": there, "deadline": deadline, "gone": gone})
 
 
 # ---- the barrier --------------------------------------------------------------------
@@ -136,8 +191,10 @@ class Barrier:
             )
         self.party = party or f"{connection.bus.name}-{token_hex(4)}"
         self.timeout = timeout
-        pace = self.parties * _PACE_S if self.parties >= _CROWD else 0.0
-        self._cell = Cell(connection, f"barrier_{name}", BarrierRecord, pace_s=pace)
+        self._bus = connection.bus
+        self._subject = connection.subjects.barrier(name)
+        self._pace_s = self.parties * _PACE_S if self.parties >= _CROWD else 0.0
+        self._cell = Cell(connection, f"barrier_{name}", BarrierRecord, pace_s=self._pace_s)
 
     async def wait(self, *, timeout: float | None = None, generation: int | None = None) -> int:
         """Arrive, and wait until all have; returns the generation that ended.
@@ -164,12 +221,22 @@ class Barrier:
         token = token_hex(8)
         mine: int | None = None
         is_in = False
+        said: int | None = None
+        coming: dict[str, Coming] = {}
+
+        def on_coming(message: Message) -> None:
+            one = read_coming(message.data)
+            if one is not None and one.token != token and len(coming) < _PARTIES_MAX:
+                coming[one.party] = one
 
         def arrive(record: BarrierRecord | None) -> BarrierRecord | None:
             nonlocal mine
             record = lapsed(self._fitting(record), now())
             if mine is not None and cell.unsure and was_in(record, mine, token):
                 return None  # our own write, whose answer was lost
+            if said is not None and self._is_counted(record, said, token):
+                mine = said
+                return None  # by somebody who has heard of us
             if generation is not None and generation != record.generation:
                 if generation > record.generation:
                     raise ConfigError(
@@ -179,7 +246,9 @@ class Barrier:
                 mine = generation
                 return None
             mine = record.generation
-            return arrived(record, self.party, token, now(), limit)
+            before = now()
+            after = arrived(record, self.party, token, before, limit)
+            return after if after.generation > mine else gathered(after, coming.values(), before)
 
         offset = 0.0
 
@@ -188,7 +257,10 @@ class Barrier:
 
         async with self._cell as cell:
             offset = await cell.now(until) - monotonic()
+            route = self._bus.subscribe(self._subject, on_coming) if self._pace_s else None
             try:
+                if route is not None and generation is None:
+                    said = await self._say(cell, token, until, offset, limit)
                 await cell.change(arrive, until)
                 assert mine is not None
                 is_in = True
@@ -202,8 +274,43 @@ class Barrier:
                     generation=mine,
                 ) from error
             except asyncio.CancelledError:
-                await self._withdraw(cell, mine, token)
+                await self._withdraw(cell, said if mine is None else mine, token)
                 raise
+            finally:
+                if route is not None:
+                    self._bus.unsubscribe(route)
+
+    async def _say(
+        self, cell: Cell[BarrierRecord], token: str, until: float, offset: float, limit: float
+    ) -> int | None:
+        """Say that we come, and wait until we are counted, or a moment; the generation that was meant."""
+        now = monotonic() + offset
+        record = lapsed(self._fitting(await cell.read(until)), now)
+        said = record.generation
+        body = {
+            "party": self.party,
+            "token": token,
+            "generation": said,
+            "until": now + limit,
+        }
+        try:
+            self._bus.publish(self._subject, orjson.dumps(body))
+        except BusError:
+            return None  # then we write it down ourselves
+        await asyncio.sleep(random.uniform(self._pace_s / 2, 2 * self._pace_s))
+        return said
+
+    def _is_counted(self, record: BarrierRecord, said: int, token: str) -> bool:
+        """Whether another has written down that we came to the generation *said*.
+
+        Raises:
+            BusTimeoutError: that can't be known any more.
+        """
+        if record.generation == said:
+            return record.arrived.get(self.party) == token
+        if record.generation == said + 1:
+            return token in record.last
+        raise BusTimeoutError(f"The barrier {self.name} has gone on without us.")
 
     async def _outcome(
         self, cell: Cell[BarrierRecord], mine: int, until: float, offset: float

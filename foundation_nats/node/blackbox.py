@@ -9,7 +9,9 @@ middle of something, one is named.
 A worker that hangs can be asked for its stack (`ask_stack`): a signal handler in native
 code writes it to the same file, also while the interpreter's lock is held.
 
-Not told: what a thread of its own did.
+Threads (`ctx.run_blocking`) go on for long, and several at a time: who has calls in them is noted
+only while that is one handler, and believed only of a worker that hung with nobody on its loop, as
+native code makes it that holds the interpreter's lock in a thread.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import IO, Any, NamedTuple, TypeVar
 
+from foundation_nats.base.clock import monotonic
+
 T = TypeVar("T")
 
 VARIABLE = "FOUNDATION_BLACKBOX"
 STARTING = -1
 """In place of a signal's sequence: the agent's `on_start`."""
 _SIZE = 512
+_IN_THREADS = 256
+"""Where the second note is."""
 _STACK_MAX = 64 * 1024
 _ASK = getattr(signal, "SIGUSR2", None)
 """What makes a worker write its stack behind the note."""
@@ -52,14 +58,23 @@ def importing(run: str) -> Suspect:
 def create() -> IO[bytes]:
     """A new file for one worker, gone with its last descriptor."""
     file = tempfile.TemporaryFile(prefix="foundation-box-")  # noqa: SIM115 - its owner closes it
-    file.write(b"\n".ljust(_SIZE, b"\0"))
+    file.write(2 * b"\n".ljust(_IN_THREADS, b"\0"))
     file.flush()
     return file
 
 
 def read(file: IO[bytes]) -> Suspect | None:
     """What the worker wrote last; None: no handler was running."""
-    line = os.pread(file.fileno(), _SIZE, 0).partition(b"\n")[0]
+    return _read(file, 0)
+
+
+def read_in_threads(file: IO[bytes]) -> Suspect | None:
+    """The one handler that had calls in threads; None: there was none, or several."""
+    return _read(file, _IN_THREADS)
+
+
+def _read(file: IO[bytes], place: int) -> Suspect | None:
+    line = os.pread(file.fileno(), _IN_THREADS, place).partition(b"\n")[0]
     sequence, _, agent = line.partition(b" ")
     try:
         return Suspect(agent.decode(), int(sequence)) if agent else None
@@ -83,9 +98,10 @@ class BlackBox:
 
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self._memory = memory
-        self.now: tuple[str, int] | None = None
-        """Agent and sequence of the handler that is on the event loop; another object at each step,
-        for threads to look at."""
+        self._in_threads: dict[tuple[str, int], int] = {}
+        self.now: tuple[str, int, float] | None = None
+        """Agent and sequence of the handler that is on the event loop, and since when; another object
+        at each step, for threads to look at."""
 
     @classmethod
     def inherited(cls) -> BlackBox:
@@ -145,8 +161,25 @@ class BlackBox:
         finally:
             self._leave()
 
+    def in_thread(self, agent: str, sequence: int, change: int) -> None:
+        """One more (1) or one less (-1) call of a handler is in a thread."""
+        key = (agent, sequence)
+        count = self._in_threads.get(key, 0) + change
+        if count > 0:
+            self._in_threads[key] = count
+        else:
+            self._in_threads.pop(key, None)
+        if self._memory is None:
+            return
+        if len(self._in_threads) == 1:
+            ((agent, sequence),) = self._in_threads
+            note = b"%d %b\n" % (sequence, agent.encode())
+            self._memory[_IN_THREADS : _IN_THREADS + len(note)] = note
+        else:
+            self._memory[_IN_THREADS] = _NOBODY
+
     def _enter(self, agent: str, sequence: int) -> None:
-        self.now = (agent, sequence)
+        self.now = (agent, sequence, monotonic())
         if self._memory is not None:
             note = b"%d %b\n" % (sequence, agent.encode())
             self._memory[: len(note)] = note

@@ -17,7 +17,7 @@ for long, the worker is asked what it really has, and told what to change.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from foundation_nats.base.clock import monotonic, utc_text
@@ -30,6 +30,8 @@ from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.ledger import SLOTS, lacking
 from foundation_nats.cluster.registry import Change, Held, Registry
 from foundation_nats.control.moves import MOVED, handed_over
+from foundation_nats.control.planner import QUARANTINED
+from foundation_nats.control.restarts import restarted, too_many
 from foundation_nats.errors import BusError, FoundationError, StaleRevisionError
 from foundation_nats.node.admission import Admission
 from foundation_nats.node.blackbox import STARTING, Suspect
@@ -232,7 +234,7 @@ class Host:
         self._forget_worker(worker)
         self._lost.update((agent, worker) for agent in lost)
         self._wake.set()
-        if self._reloading.pop(worker, None) is not None and cause == RELOADED:
+        if cause == RELOADED and self._reloading.pop(worker, None) is not None:
             self._reloaded.update(lost)
             text = f"Worker {worker} goes on with new code, with {len(lost)} agents."
             self._emit(
@@ -379,10 +381,23 @@ class Host:
                     "since": utc_text(),
                 }
             )
+        is_reloaded = record.id in self._reloaded
+        # What another agent, or somebody outside, has done to the worker is not its failure.
+        is_blamed = record.id in self._suspects
+        times = restarted(record, utc_text()) if is_blamed else record.restarts
+        why = f"its worker process ended ({cause})" if cause else "its worker process ended"
+        if not is_reloaded and record.spec.restart == "temporary" and not record.spec.critical:
+            times, why = None, f"{why}, and restart is temporary"
+        elif times is None:
+            why = f"{QUARANTINED} after {too_many(record.spec.restart_limit)}: {why}"
+        if times is None:
+            return record.model_copy(
+                update={"status": AgentStatus.FAILED, "reason": why, "since": utc_text()}
+            )
         origin = RecoveredFrom(
             node=self._node,
             epoch=record.epoch,
-            reason=RELOADED if record.id in self._reloaded else "worker_died",
+            reason=RELOADED if is_reloaded else "worker_died",
             sequence=sequence or None,
             cause=cause or None,
         )
@@ -393,6 +408,7 @@ class Host:
                 "incarnation": self._incarnation,
                 "reason": None,
                 "recovered_from": origin,
+                "restarts": times,
                 "since": utc_text(),
             }
         )
@@ -716,7 +732,7 @@ class Host:
         try:
             for some, reason in ((moving, MOVED), (others, self._draining or "stopped")):
                 if some:
-                    request = StopRequest(agents=some, reason=reason)
+                    request = StopRequest(agents=some, reason=reason, targets=self._targets(some))
                     await rpc.tell(self._bus, subject, request, timeout=_ORDER_TIMEOUT_S)
         except FoundationError as error:
             self._log.info("worker not told to stop yet", worker=worker, error=str(error))
@@ -724,6 +740,15 @@ class Host:
             for agent, epoch in agents.items():
                 waiting[agent] = max(epoch, waiting.get(agent, 0))
             asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
+
+    def _targets(self, agents: Iterable[str]) -> dict[str, str]:
+        """Where those of *agents* go that are moved to a node that is known."""
+        orders = {
+            agent: held.record.move
+            for agent in agents
+            if (held := self._registry.get(agent)) is not None
+        }
+        return {a: order.to for a, order in orders.items() if order is not None and order.to}
 
     # ---- audit --------------------------------------------------------------------
 
@@ -818,6 +843,11 @@ class Host:
                 return sorted(late)
             await asyncio.sleep(0.005)
         return []
+
+    def keep(self, worker: str) -> None:
+        """A worker is not replaced after all; what it has put down is found by the audit."""
+        self._reloading.pop(worker, None)
+        self._touch_mine()
 
     async def wait_running(self, *, timeout: float) -> None:
         """Until all that this node holds has started, as far as that is so in time."""

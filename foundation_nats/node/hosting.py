@@ -6,7 +6,7 @@ the node floor imports nothing of the agent floor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from zlib import crc32
@@ -43,8 +43,13 @@ class Workload(Protocol):
     async def start(self, records: Sequence[AgentRecord]) -> None:
         """Activate these agents; what becomes of each is reported, not raised."""
 
-    async def stop(self, agents: dict[str, int], reason: str) -> None:
-        """Stop these agents (id to epoch) in good order; returns when they have ended."""
+    async def stop(
+        self, agents: dict[str, int], reason: str, targets: Mapping[str, str] | None = None
+    ) -> None:
+        """Stop these agents (id to epoch) in good order; returns when they have ended.
+
+        *targets* are the nodes to which they are moved, where that is known.
+        """
 
     async def review(self) -> None:
         """End, at once, every activation that the registry as it is now gives to another.

@@ -449,8 +449,8 @@ class NodeManager:
         async with self._reload_lock:
             if self._draining or self._rejoining:
                 raise ConflictError(f"Node {self.name} is leaving, or joins anew.")
-            modules = {*self._options.imports, *request.modules, *host.modules()}
-            children = await self._workers.prepare(sorted(modules))
+            runs = {*self._options.imports, *(request.runs or host.modules())}
+            children = await self._workers.prepare(sorted(runs))
             agents = len(host.agents())
             patience_s = max(0.0, min(request.patience_s, _RELOAD_PATIENCE_MAX_S))
 
@@ -458,6 +458,7 @@ class NodeManager:
                 try:
                     late = await host.put_down(worker, timeout=patience_s)
                 except BaseException:
+                    host.keep(worker)
                     discard(child)
                     raise
                 await self._workers.replace(worker, child, timeout=_RELOAD_READY_S)
@@ -466,7 +467,7 @@ class NodeManager:
             late = await asyncio.gather(*map(one, self._workers.ids, children))
             forced = sorted(agent for some in late for agent in some)
             await host.wait_running(timeout=max(1.0, patience_s))
-        self._log.info("reloaded", modules=",".join(sorted(modules)), agents=agents)
+        self._log.info("reloaded", runs=",".join(sorted(runs)), agents=agents)
         return ReloadReply(workers=len(children), agents=agents, forced=forced)
 
     async def _force_failover(self, _data: bytes) -> None:

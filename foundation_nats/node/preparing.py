@@ -25,10 +25,10 @@ _CHUNK = 64 * 1024
 
 
 async def prepare(module: str, imports: Sequence[str], *, timeout: float) -> Child:
-    """A new worker process that has imported *imports*.
+    """A new worker process that has imported *imports*, each a module or a ``module:Class``.
 
     Raises:
-        ConfigError: one of them can't be imported; names the line. The process has ended.
+        ConfigError: one of them can't be imported, or isn't there; names the line. The process has ended.
     """
     reading, writing = os.pipe()
     try:
@@ -102,9 +102,15 @@ def carry_out(line: bytes) -> bool:
     if "prepare" not in body:
         return False
     answer = None
-    for module in body["prepare"]:
+    for run in body["prepare"]:
+        module, _, name = run.partition(":")
         try:
-            importlib.import_module(module)
+            found: object = importlib.import_module(module)
+            for part in filter(None, name.split(".")):
+                found = getattr(found, part, None)
+            if found is None:
+                answer = {"message": f"module {module!r} has no class {name!r}", "traceback": ""}
+                break
         except (Exception, SystemExit) as error:  # whatever a user's module raises
             answer = {
                 "message": f"importing {module!r} failed: {frames.summary(error)}",

@@ -100,32 +100,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         period = self._warn_s / 2
-        step: object = None
-        since = monotonic()
         told: object = None
         """The step, or the promise, that was told already."""
-        before = since
+        before = monotonic()
         while not self._closed.wait(period):
             now = monotonic()
             running = self._box.now
             # Where this thread was late itself, the process stood still, or native code held the lock.
             was_late = now - before > period * 3
             before = now
-            if running is not step:
-                step, since = running, now
             if running is not None:
-                if now - since >= self._warn_s and told is not running:
+                if now - running[2] >= self._warn_s and told is not running:
                     told = running
-                    self._tell(running, since)
+                    self._tell(running, running[2])
             elif now - self._due >= self._warn_s and told != self._due and not was_late:
                 told = self._due
                 self._tell(None, self._due)
 
-    def _tell(self, step: tuple[str, int] | None, since: float) -> None:
+    def _tell(self, step: tuple[str, int, float] | None, since: float) -> None:
         stack = frames.of_thread(self._ident)
         if self._box.now is not step:
             return  # it has just gone on
-        suspect = None if step is None else Suspect(*step)
+        suspect = None if step is None else Suspect(*step[:2])
         frame = frames.user_frame(stack)
         place, source = ("", "") if frame is None else (frame.place, frame.source)
         type_ = "" if suspect is None else self._type_of(suspect.agent)

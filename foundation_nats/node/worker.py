@@ -168,7 +168,9 @@ class Worker:
 
     async def _stop(self, data: bytes) -> None:
         request = rpc.decode(StopRequest, data)
-        self._scope.start(self._workload.stop(request.agents, request.reason), "stop")
+        self._scope.start(
+            self._workload.stop(request.agents, request.reason, request.targets), "stop"
+        )
 
     async def _inspect(self, _data: bytes) -> WireModel:
         return InspectReply(

@@ -254,6 +254,8 @@ class Workers:
             return
         cause = entry.cause or (f"signal {-code}" if code < 0 else f"exit code {code}")
         suspect = blackbox.read(entry.box)
+        if suspect is None and entry.cause:
+            suspect = blackbox.read_in_threads(entry.box)
         entry.box.close()
         self._log.warning(
             "worker died",

@@ -13,7 +13,8 @@ time-outs, limits of size, and what only processes can do to each other. Retries
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -27,12 +28,14 @@ from foundation_nats.agent.context import Context, Emission
 from foundation_nats.agent.directives import apply_result, are_directives
 from foundation_nats.agent.failing import handler_error
 from foundation_nats.agent.handling import handlings, is_notice, unhandled, validated
+from foundation_nats.agent.kin import announce, hear, is_of_kin, join
 from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.offload import Offload
 from foundation_nats.agent.sensors.sensor import Event, Sensor
 from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.state import dump_state, first_state, load_state, restore_state
 from foundation_nats.agent.steps import StepLedger
+from foundation_nats.agent.streaming import Ended, collected
 from foundation_nats.base.clock import utc_text
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import (
@@ -46,8 +49,16 @@ from foundation_nats.errors import (
     UnhandledSignalError,
 )
 from foundation_nats.signaling.schedules import Timer
+from foundation_nats.testing.kin import Playground
 from foundation_nats.testing.sensing import UNSET, Sensing
-from foundation_schemas import RecoveredFrom, StepRecord, StepStatus
+from foundation_schemas import (
+    Deployment,
+    FamilyRecord,
+    ParentLink,
+    RecoveredFrom,
+    StepRecord,
+    StepStatus,
+)
 
 A = TypeVar("A", bound=Agent)
 _ATTEMPTS = 4
@@ -97,6 +108,7 @@ class _Stored:
     version: int = 1
     applied: set[str] = field(default_factory=set)
     steps: bytes = b"[]"
+    family: bytes = b"{}"
     timers: dict[str, _Armed] = field(default_factory=dict)
 
 
@@ -120,6 +132,14 @@ class CrashPoint(StrEnum):
     """Its effect has happened, and nobody knows."""
     DONE = "done"
     """It is stored as done; the handler goes no further."""
+
+
+async def _into(items: asyncio.Queue[Any], generator: AsyncGenerator[Any, None]) -> Ended:
+    """Hand over each item, as the asker gets it."""
+    async with aclosing(generator):
+        async for item in generator:
+            await items.put(orjson.loads(to_json(item)))
+    return Ended()
 
 
 class _Crashed(BaseException):
@@ -174,6 +194,7 @@ class AgentHarness(Generic[A]):
         id: the agent's name.
         config: as in a manifest.
         state: what an earlier activation left; None: it is new.
+        parent: whose child it is, as `ctx.parent` says.
 
     Example:
         >>> async with AgentHarness(Counter, id="visits") as agent:
@@ -189,7 +210,10 @@ class AgentHarness(Generic[A]):
         id: str = "agent",
         config: dict[str, Any] | None = None,
         state: dict[str, Any] | None = None,
+        parent: str | None = None,
     ) -> None:
+        self._link = None if parent is None else ParentLink(id=parent, tag=id, order=1)
+        self._kin = Playground()
         self._cls = cls
         self._id = id
         self._config = config
@@ -233,9 +257,12 @@ class AgentHarness(Generic[A]):
         if not agent.durable and self._epoch > 1:
             self._stored.state = dump_state(first_state(self._cls.State))
         agent.state = load_state(self._cls.State, self._stored.state)
+        family = FamilyRecord.model_validate_json(self._stored.family)
+        join(agent, self._link, family, self._kin)
         agent.ctx._begin(None)
         try:
             await begin(agent, recovered_from)
+            announce(agent)
             self._home.steps.settle(agent.ctx._step_cause)
             self._commit(agent, None)
             for _ in range(_READY_TRIES):
@@ -250,6 +277,7 @@ class AgentHarness(Generic[A]):
             raise handler_error(error, "on_start raised ") from error
         self._agent = agent
         self._sensing.begin(agent)
+        await self._settle()
 
     async def stop(self, reason: str = "stopped") -> None:
         """Stop it in good order: `on_stop`, whose effects are kept."""
@@ -341,6 +369,30 @@ class AgentHarness(Generic[A]):
     async def __aexit__(self, *_: object) -> None:
         if self._agent is not None:
             await self.stop()
+
+    # ---- children ---------------------------------------------------------------
+
+    @property
+    def children(self) -> dict[str, Deployment]:
+        """What was wished for by `ctx.spawn` and has not ended: id to the wish."""
+        return dict(self._kin.children)
+
+    def refuse_child(self, id: str, reason: str) -> None:
+        """Have no child of this id from now on: the agent hears ``foundation.child.exited``, ``refused``."""
+        self._kin.refused[id] = reason
+
+    async def child_started(self, tag: str) -> bool:
+        """Let a child say that it runs; returns as `send`."""
+        return await self.send(*self._kin.started(self._family, tag), source="cluster")
+
+    async def child_exited(self, tag: str, status: str = "stopped", reason: str = "") -> bool:
+        """Let a child end for good, by itself or as it was told; returns as `send`."""
+        said = self._kin.exited(self._family, tag, status, reason)
+        return await self.send(*said, source="cluster")
+
+    @property
+    def _family(self) -> FamilyRecord:
+        return self._running().ctx._family_kept
 
     # ---- what it holds ----------------------------------------------------------
 
@@ -440,6 +492,48 @@ class AgentHarness(Generic[A]):
         await self._settle()
         return orjson.loads(to_json(result))
 
+    async def ask_stream(
+        self,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        source: str = "client:test",
+        window: int = 64,
+    ) -> AsyncGenerator[Any, None]:
+        """Ask a handler that is a generator, and iterate over its items, as `Cluster.ask_stream`.
+
+        Its effects are stored when it ends; `aclose` ends it early, and nothing is kept.
+
+        Raises:
+            UnhandledSignalError, PayloadInvalidError, HandlerError: as `Cluster.ask_stream` does.
+        """
+        type, data = typed(type, data)
+        items: asyncio.Queue[Any] = asyncio.Queue(window)
+        work = asyncio.ensure_future(
+            self._handle(self._running(), type, data, token_hex(8), source, items=items)
+        )
+        count = 0
+        try:
+            while not (work.done() and items.empty()):
+                taking = asyncio.ensure_future(items.get())
+                await asyncio.wait({taking, work}, return_when=asyncio.FIRST_COMPLETED)
+                if taking.done():
+                    count += 1
+                    yield taking.result()
+                else:
+                    taking.cancel()
+            answered = work.result()
+        except _Crashed:
+            self._agent = None
+            await self.start(RecoveredFrom(node="test", epoch=self._epoch, reason="crashed"))
+            raise AskTimeoutError(f"{self._id} crashed while it was asked.") from None
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+        if not isinstance(answered, Ended):
+            yield orjson.loads(to_json(answered))
+        await self._settle()
+
     async def _handle(
         self,
         agent: A,
@@ -450,6 +544,7 @@ class AgentHarness(Generic[A]):
         *,
         sequence: int = 0,
         attempt: int = 1,
+        items: asyncio.Queue[Any] | None = None,
     ) -> Any:
         # As it comes over the wire: models become plain values, what is no JSON is refused.
         data = orjson.loads(to_json(data))
@@ -467,6 +562,9 @@ class AgentHarness(Generic[A]):
         )
         agent.ctx._begin(signal)
         try:
+            if is_of_kin(type_) and not hear(agent, signal):
+                self._commit(agent, signal)
+                return None
             if handling is not None and agent._layers:
                 handling = layered(handling, agent._layers)
             if handling is None:
@@ -476,6 +574,8 @@ class AgentHarness(Generic[A]):
                 result = await handling.function(agent, signal)
             else:
                 result = handling.function(agent, signal)
+            if isinstance(result, AsyncGenerator):
+                result = await (collected(result) if items is None else _into(items, result))
             if are_directives(result):
                 result = apply_result(agent, result)
             self._home.steps.settle(agent.ctx._step_cause)
@@ -483,6 +583,7 @@ class AgentHarness(Generic[A]):
         except BaseException as error:
             agent.state = restore_state(agent.state, self._stored.state)
             agent.ctx._emissions = []
+            agent.ctx._family = agent.ctx._family_kept
             if isinstance(error, FoundationError) or not isinstance(error, Exception):
                 raise
             raise handler_error(error) from error
@@ -493,6 +594,8 @@ class AgentHarness(Generic[A]):
         if agent._layers:
             agent.ctx._emissions = outgoing(agent._layers, agent, agent.ctx._emissions)
         self._stored.state = dump_state(agent.state)
+        agent.ctx._family_kept = agent.ctx._family
+        self._stored.family = agent.ctx._family.model_dump_json(exclude_defaults=True).encode()
         self._home.save()
         # As the next activation would read it: what does not survive JSON shows at once.
         load_state(self._cls.State, self._stored.state)

@@ -46,6 +46,36 @@ def _checked_expression(text: str) -> str:
     return text
 
 
+class OnParentDeath(StrEnum):
+    """What becomes of a child whose parent has ended for good."""
+
+    STOP = "stop"
+    CONTINUE = "continue"
+    EMIT_ORPHAN = "emit_orphan"
+    """It goes on, and is sent ``foundation.orphaned``."""
+
+
+class ParentLink(WireModel):
+    """Whose child an agent is."""
+
+    id: AgentId
+    """The parent."""
+    tag: Name
+    """What the parent calls it."""
+    order: int
+    """Which of the parent's orders started it: one tag may be used again."""
+    on_death: OnParentDeath = OnParentDeath.STOP
+    local: bool = False
+    """It runs where its parent runs."""
+
+
+class RestartLimit(WireModel):
+    """How many restarts are enough to give an agent up."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    within_s: float = Field(default=60.0, gt=0)
+
+
 class WhenUnsatisfiable(StrEnum):
     """What becomes of a replica that has no place within the skew."""
 
@@ -149,6 +179,10 @@ class AgentSpec(WireModel):
     """Topics whose signals it is sent."""
     reservation: str | None = None
     """Of resources: where it still counts the agent starts there first, and it becomes its share."""
+    restart_limit: RestartLimit | None = None
+    """After more restarts within that time it is left alone, as after too many failed starts."""
+    parent: ParentLink | None = None
+    """Who started it, and what becomes of it when that one ends."""
 
     @field_validator("subscribe", mode="before")
     @classmethod
@@ -180,7 +214,7 @@ class AgentSpec(WireModel):
         for key, blank in _LATER.items():
             if placement[key] == blank:
                 del placement[key]
-        for key in ("reservation", "labels", "subscribe"):
+        for key in ("reservation", "labels", "subscribe", "restart_limit", "parent"):
             if not values[key]:
                 del values[key]
         raw = orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
@@ -234,6 +268,8 @@ class AgentRecord(WireModel):
     recovered_from: RecoveredFrom | None = None
     failures: int = 0
     """Failed starts in a row, for back-off."""
+    restarts: list[str] = Field(default_factory=list)
+    """When it was restarted lately, UTC; kept only where `restart_limit` asks for it."""
     move: MoveOrder | None = None
     """While it is `moving`: `desired` is ``stop`` then, and it is stopped to run elsewhere."""
     asleep: bool = False
@@ -291,8 +327,59 @@ class StepRecord(WireModel):
     """Since when, UTC."""
     attempts: int = 1
     result: Any = None
+    note: str = ""
+    """What it raised last, while it is pending."""
     lost: bool = False
     """It is done, and its result was too large to be kept."""
+
+
+class ChildStatus(StrEnum):
+    """A child as its parent knows it."""
+
+    STARTING = "starting"
+    """It is wished for; it may be running already."""
+    RUNNING = "running"
+    STOPPING = "stopping"
+    """It shall end, and has not ended yet."""
+    WAITING = "waiting"
+    """It has ended, and is started again once those that end with it have ended."""
+
+
+class ChildRecord(WireModel):
+    """A child in its parent's record."""
+
+    tag: Name
+    id: AgentId
+    run: str
+    order: int
+    status: ChildStatus = ChildStatus.STARTING
+    digest: str = ""
+    """Of what it was started with."""
+    restart: str = "transient"
+    wish: dict[str, Any] | None = None
+    """What it is started with; kept where the parent itself may start it again."""
+    again: bool = False
+    """Once it has ended it is started again."""
+
+
+class FamilyRecord(WireModel):
+    """What an agent knows of its children and its parent; part of the unit of commit."""
+
+    orders: int = 0
+    """How many orders it has given; they count on for ever."""
+    children: list[ChildRecord] = Field(default_factory=list)
+    """In the order in which they were started."""
+    restarts: list[str] = Field(default_factory=list)
+    """When it restarted children by its strategy, UTC."""
+    announced: int = 0
+    """The order of its parent under which it has said that it runs."""
+    orphaned: bool = False
+    """It has heard that its parent ended."""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to store."""
+        return self == FamilyRecord()
 
 
 class StateRecord(WireModel):
@@ -322,5 +409,7 @@ class StateRecord(WireModel):
     """What was begun and done outside, until its signal has taken effect."""
     sensors: dict[str, Any] = Field(default_factory=dict)
     """How far each sensor has come, by its name."""
+    family: FamilyRecord | None = None
+    """Its children, as far as it has any; see `agent/family.py`."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

@@ -9,7 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from foundation_schemas.agent import AgentRecord, AgentStatus, Subscription
+from foundation_schemas.agent import (
+    AgentRecord,
+    AgentStatus,
+    OnNodeLoss,
+    PlacementPolicy,
+    RestartLimit,
+    Subscription,
+)
 from foundation_schemas.base import NodeId, WireModel
 from foundation_schemas.lease import LeaseRecord
 from foundation_schemas.node import Load
@@ -91,6 +98,11 @@ class ClassInfo(WireModel):
     """Signal types it handles."""
     labels: dict[str, str] = Field(default_factory=dict)
     subscribe: list[Subscription] = Field(default_factory=list)
+    resources: dict[str, float] = Field(default_factory=dict)
+    placement: PlacementPolicy | None = None
+    restart: str | None = None
+    restart_limit: RestartLimit | None = None
+    on_node_loss: OnNodeLoss | None = None
 
 
 class ValidateReply(WireModel):
@@ -102,8 +114,9 @@ class ValidateReply(WireModel):
 class ReloadRequest(WireModel):
     """Run the workers of this node anew, with the code as it is now; the agents keep their state."""
 
-    modules: list[str] = Field(default_factory=list)
-    """Imported first, besides those of the agents here: if one can't be, nothing is changed."""
+    runs: list[str] = Field(default_factory=list)
+    """Modules and classes (``module:Class``) that must be there: if one isn't, nothing is changed.
+    Empty: the modules of the agents here."""
     patience_s: float = 2.0
     """How long a handler may take to its end before its worker is killed."""
 
@@ -130,6 +143,8 @@ class StopRequest(WireModel):
 
     agents: dict[str, int]
     reason: str = "stopped"
+    targets: dict[str, str] = Field(default_factory=dict)
+    """Where those that are moved go, as far as that is known."""
 
 
 class AgentReport(WireModel):

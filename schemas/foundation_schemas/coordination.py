@@ -87,7 +87,9 @@ class BarrierRecord(WireModel):
     deadline: float | None = None
     """When the generation breaks, in seconds of the server's clock; None while nobody waits."""
     last: list[str] = Field(default_factory=list)
-    """The arrivals of the latest generation that ended well."""
+    """The arrivals of the latest generation that is over."""
+    gone: list[str] = Field(default_factory=list)
+    """Arrivals of this generation that were taken back: nobody who has heard of them counts them."""
     broken: dict[int, list[str]] = Field(default_factory=dict)
     """The latest broken generations, to who was missing; those not named have ended well."""
     forgotten: int = 0

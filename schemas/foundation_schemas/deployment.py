@@ -92,6 +92,14 @@ class Revision(WireModel):
     """UTC of when it was replaced."""
 
 
+class Ending(WireModel):
+    """That a child has ended or shall end: its wish is withdrawn once its parent was told."""
+
+    status: str = "stopped"
+    """``stopped``, or ``failed``."""
+    reason: str = ""
+
+
 class Deployment(WireModel):
     """The wish for one agent, or for N agents of one class."""
 
@@ -117,6 +125,10 @@ class Deployment(WireModel):
     """Why its agents don't get to the spec, where there is nothing to go back to."""
     history: list[Revision] = Field(default_factory=list)
     """Earlier specs, the last one last."""
+    ending: Ending | None = None
+    """Of a child: it is wished for no more."""
+    orphaned: bool = False
+    """Of a child: it was told that its parent has ended."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Deployment:

@@ -95,7 +95,7 @@ class Hooked(Agent):
                 emit="order",
                 secret="config:secret" if "secret" in self.config else None,
                 bytes_max=1000,
-                timeout=3,
+                timeout=1.5,
             )
         )
 
@@ -133,10 +133,11 @@ class Streaming(Agent):
 
 
 class Filing(Agent):
-    """Watches a directory."""
+    """Watches a directory, and would sleep if it could."""
 
     State = Seen
     critical = True
+    hibernate_after = 0.2
 
     async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
         """Watch what is configured."""

@@ -115,6 +115,11 @@ class Workshop(Agent):
     def block_plain(self, signal: Signal[float]) -> None:
         time.sleep(signal.data)
 
+    @on("compute.thread")
+    async def compute_in_thread(self, signal: Signal[int]) -> int:
+        """The same in a thread."""
+        return await self.ctx.run_blocking(pow, 7, signal.data)
+
     @on("compute")
     async def compute(self, signal: Signal[int]) -> int:
         """Holds the interpreter's lock in native code for as long as it takes."""

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from foundation_cli import init
-from tests.cluster.test_reload import up
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -78,15 +77,3 @@ def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:
     wrong = run("init", "other", "-t", "poem")
     assert wrong.returncode == 2
     assert "counter" in wrong.stderr
-
-
-def test_a_new_project_answers_and_takes_new_code(run: Run, tmp_path: Path) -> None:
-    """`init`, `up --reload`, `ask`; an edit, and the next answer is the new code's, with the old state."""
-    folder = tmp_path / "demo"
-    assert run("init", "demo").returncode == 0
-    with up(folder) as running:
-        assert running.ask("visits", "counter.add", {"amount": 3}) == 3
-        code = folder / "counter.py"
-        code.write_text(code.read_text().replace("+= signal.data.amount", "+= 10"))
-        assert running.line()["ok"]
-        assert running.ask("visits", "counter.add", {"amount": 3}) == 13

@@ -142,3 +142,27 @@ async def test_a_saga_needs_steps(server: TestServer) -> None:
     assert code == 1, err
     found = json.loads(out)
     assert (found["state"], found["error"]) == ("undone", "a: no answer within 0.2 s")
+
+
+async def test_a_shell_leads_and_another_follows(server: TestServer) -> None:
+    """Lines are appended by who leads; who follows prints them, with index and term."""
+    following = asyncio.create_task(
+        _run(server, "leader-follower", "g", "--after", "0", "--count", "3", "-o", "json")
+    )
+    code, out, err = await _run(server, "leader-follower", "g", "-", "--as", "a", stdin="1\n2\n")
+    assert code == 0, err
+    assert out == "1 (term 1): 1\n2 (term 1): 2\n"
+    code, out, err = await _run(
+        server, "leader-follower", "g", '[{"n": 3}]', "--as", "b", "-o", "json"
+    )
+    assert code == 0, err
+    last = json.loads(out)
+    assert (last["group"], last["index"], last["value"]) == ("g", 3, {"n": 3})
+    code, out, err = await following
+    assert code == 0, err
+    seen = [json.loads(line) for line in out.splitlines()]
+    assert [entry["value"] for entry in seen] == [1, 2, {"n": 3}]
+    assert seen[-1]["term"] == last["term"] > seen[0]["term"]
+    code, _, err = await _run(server, "leader-follower", "g", "[1]")
+    assert code == 2
+    assert "Only a member appends" in err

@@ -83,7 +83,7 @@ async def test_photos_pass_the_stages_in_order(nodes: TestCluster) -> None:
     lines = _run("labels", nodes.server.url, nodes.client.name)
     assert lines == [
         "0 sea.jpg fetch shrink label",
-        "1 failed at shrink: agent.handler: ValueError: not a photo",
+        "1 failed at shrink: agent.handler: ValueError: not a photo (examples/labels.py:17 in Stage.work)",
         "2 sky.jpg fetch shrink label",
         "3 done, 1 failed",
     ]
@@ -102,6 +102,6 @@ async def test_another_leads_and_the_sum_goes_on(server: TestServer) -> None:
     assert _run("ledger", server.url) == [
         "bob reads 12; ann leads",
         "cy reads 12; ann leads",
-        "entry 3, in a later term: True",
+        "entry 3 in a later term: True",
         "the sum is 42",
     ]

@@ -60,6 +60,7 @@ def test_wheel_and_sdist_hold_what_they_should(dist: Path) -> None:
     for package in ("foundation_nats", "foundation_schemas", "foundation_cli"):
         assert f"{package}/__init__.py" in names
         assert f"{package}/py.typed" in names
+    assert "foundation_cli/templates/counter/tests/test_counter.py.in" in names
     assert not [name for name in names if name.startswith(("tests/", "examples/", "schemas/"))]
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -48,7 +48,10 @@ def test_an_arrival_counts_once_and_can_be_taken_back() -> None:
     record = arrived(BarrierRecord(parties=2), "a", "t1", now=0, timeout=1)
     record = arrived(record, "a", "t2", now=0, timeout=1)
     assert record.generation == 1
-    assert left(record, 1, "a", "t1") is None
+    noted = left(record, 1, "a", "t1")
+    assert noted is not None
+    assert (noted.arrived, noted.gone) == ({"a": "t2"}, ["t1"])
+    assert left(noted, 1, "a", "t1") is None
     empty = left(record, 1, "a", "t2")
     assert empty is not None
     assert (empty.arrived, empty.deadline) == ({}, None)

@@ -29,8 +29,8 @@ from foundation_nats.agent.sensors import (
     has_sensors,
     sensor,
 )
+from foundation_nats.agent.sensors.door import Request
 from foundation_nats.agent.sensors.http import read_body
-from foundation_nats.agent.sensors.webhook import Request
 from foundation_nats.agent.skills import Skill
 from foundation_nats.errors import ConfigError, SensorError
 from foundation_nats.testing import AgentHarness

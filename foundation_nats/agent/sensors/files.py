@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation_nats.agent.sensors.sensor import Emit, Event, Sensor, needs
+from foundation_nats.base.clock import monotonic
 from foundation_nats.errors import ConfigError, SensorError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class FileWatch(Sensor):
         remember: keep in the agent's record which files were told of, so that what changes while the
             agent does not run is told of when it runs again, and a file that was there before is
             ``added``. For at most 400 files; those deleted are forgotten.
+        settle_s: tell of a file only when it has not changed for so long: for files that are written slowly.
         poll_s: look this often instead of being told by the system, for network file systems.
 
     Raises:
@@ -48,6 +50,7 @@ class FileWatch(Sensor):
         match: str = "*",
         recursive: bool = True,
         remember: bool = False,
+        settle_s: float = 0.0,
         poll_s: float | None = None,
         **options: Any,
     ) -> None:
@@ -56,8 +59,9 @@ class FileWatch(Sensor):
         self.match = match
         self.recursive = recursive
         self.remember = remember
-        if poll_s is not None and poll_s <= 0:
-            raise ConfigError(f"FileWatch {self.name}: poll_s must be positive")
+        if settle_s < 0 or (poll_s is not None and poll_s <= 0):
+            raise ConfigError(f"FileWatch {self.name}: settle_s and poll_s must be positive")
+        self.settle_s = settle_s
         self.poll_s = poll_s
 
     def check(self) -> None:
@@ -89,12 +93,21 @@ class FileWatch(Sensor):
                 poll_delay_ms=300 if self.poll_s is None else max(1, int(self.poll_s * 1000)),
             )
             first = True
+            waiting: dict[str, tuple[str, float]] = {}
             async for batch in changes:
+                told = [(path, change.raw_str()) for change, path in batch]
                 if first and self.remember:
-                    await self._compare(emit, root, seen)
+                    told += await self._missed(root, seen)
                 first = False
-                for change, path in sorted(batch, key=lambda item: item[1]):
-                    await self._tell(emit, change.raw_str(), path, seen)
+                now = monotonic()
+                for path, change in told:
+                    known = waiting.get(path, (change, now))[0]
+                    waiting[path] = (known if change == "modified" else change, now)
+                for path in sorted(waiting):
+                    change, changed_at = waiting[path]
+                    if now - changed_at >= self.settle_s:
+                        del waiting[path]
+                        await self._tell(emit, change, path, seen)
         finally:
             ending.set()
         raise SensorError(f"{root} can't be watched any more.")
@@ -102,16 +115,15 @@ class FileWatch(Sensor):
     def _wants(self, _change: Change, path: str) -> bool:
         return fnmatch.fnmatch(os.path.basename(path), self.match) and not Path(path).is_dir()
 
-    async def _compare(self, emit: Emit, root: Path, seen: Seen) -> None:
-        """Tell what has changed since the position."""
+    async def _missed(self, root: Path, seen: Seen) -> list[tuple[str, str]]:
+        """What has changed since the position."""
         there = await asyncio.to_thread(self._listing, root)
-        for path in sorted({*seen, *there}):
-            if path not in there:
-                await self._tell(emit, "deleted", path, seen)
-            elif path not in seen:
-                await self._tell(emit, "added", path, seen)
-            elif seen[path] != there[path]:
-                await self._tell(emit, "modified", path, seen)
+        gone = [(path, "deleted") for path in seen if path not in there]
+        added = [(path, "added") for path in there if path not in seen]
+        changed = [
+            (path, "modified") for path in there if seen.get(path, there[path]) != there[path]
+        ]
+        return gone + added + changed
 
     def _listing(self, root: Path) -> Seen:
         files = [root] if root.is_file() else root.rglob("*") if self.recursive else root.iterdir()

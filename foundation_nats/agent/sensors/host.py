@@ -218,6 +218,8 @@ class SensorHost:
 
     def begin(self) -> None:
         """The agent is running: so are its sensors."""
+        if self._begun:
+            return
         self._begun = True
         for sensor in declared(type(self._activation.agent)):
             self._start(sensor)
