@@ -9,7 +9,7 @@ import random
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from foundation_nats.agent.steps import (
     once,
     resolve,
 )
+from foundation_nats.base.clock import utc_now
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import ConfigError
 from foundation_nats.node.blackbox import STARTING
@@ -141,7 +142,7 @@ class Context:
 
     def now(self) -> datetime:
         """The wall clock, in UTC; differs between retries."""
-        return datetime.now(UTC)
+        return utc_now()
 
     @property
     def random(self) -> random.Random:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 from orjson import Fragment
@@ -16,7 +15,7 @@ from orjson import Fragment
 from foundation_nats.agent.context import Emission
 from foundation_nats.agent.record import OutboxItem
 from foundation_nats.agent.signal import Signal
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import utc_now, utc_text
 from foundation_nats.bus.rpc import encode, to_json
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.errors import ExpiredError
@@ -35,7 +34,7 @@ def expired(agent: str, body: Mapping[str, Any]) -> ExpiredError | None:
         deadline = read_time(text)
     except (ValueError, TypeError):
         return None  # no time at all: not a reason to lose it
-    if datetime.now(UTC) <= deadline:
+    if utc_now() <= deadline:
         return None
     return ExpiredError(
         f"{agent} did not get to it before its deadline, {text}.", agent=agent, deadline=text

@@ -7,7 +7,7 @@ import random
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from secrets import token_hex
 from types import TracebackType
@@ -31,7 +31,7 @@ from foundation_nats.api.taps import Taps
 from foundation_nats.api.topology import take_topology
 from foundation_nats.api.watching import NodeChanges
 from foundation_nats.api.why import explain
-from foundation_nats.base.clock import monotonic
+from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import assets
 from foundation_nats.bus.connection import Bus
@@ -201,7 +201,7 @@ class Cluster:
         type, data = typed(type, data)
         _check_type(type)
         try:
-            until = deadline_text(datetime.now(UTC), ttl=ttl, deadline=deadline)
+            until = deadline_text(utc_now(), ttl=ttl, deadline=deadline)
             return await self._publisher.send(
                 parsed, type, data, id=id, timeout=timeout, deadline=until
             )
@@ -380,7 +380,7 @@ class Cluster:
                 type=type,
                 target=str(parsed),
                 data=data,
-                deadline=deadline_text(datetime.now(UTC), deadline=deadline),
+                deadline=deadline_text(utc_now(), deadline=deadline),
             )
         except TypeError as error:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error

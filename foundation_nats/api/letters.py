@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import orjson
 from pydantic import ValidationError
 
+from foundation_nats.base.clock import utc_now
 from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import StoredMessage, StreamReader
 from foundation_nats.errors import ConfigError, DeadLetterNotFoundError, DecodeError
@@ -134,7 +135,7 @@ class Events:
         subject = self._cluster.subjects.event(topic, ">") if topic else None
         start_time = None
         if since_s is not None:
-            start_time = (datetime.now(UTC) - timedelta(seconds=since_s)).isoformat()
+            start_time = (utc_now() - timedelta(seconds=since_s)).isoformat()
         state = (await self._reader.info())["state"]
         start = max(1, int(state["first_seq"]))
         if topic is None and since_s is None:

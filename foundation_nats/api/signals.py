@@ -7,7 +7,7 @@ import builtins
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,7 +15,7 @@ import orjson
 from foundation_nats.api.journal import JournalNode, read_journal
 from foundation_nats.api.refs import AgentRef
 from foundation_nats.api.tracking import SignalStatus, track
-from foundation_nats.base.clock import monotonic
+from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.bus.kv import EXPECTED
 from foundation_nats.bus.streams import StoredMessage, StreamReader, append
 from foundation_nats.errors import (
@@ -168,7 +168,7 @@ class Signals:
         needed = _needed(quorum, len(agents))
         answers = Answers(agents)
         enough = asyncio.Event()
-        until = datetime.now(UTC) + timedelta(seconds=timeout)
+        until = utc_now() + timedelta(seconds=timeout)
         room = asyncio.Semaphore(_ASKED_AT_ONCE)
         deadline = monotonic() + timeout
 
@@ -259,7 +259,7 @@ class Signals:
         parsed = _parsed(target)
         try:
             timer = timer_of(
-                datetime.now(UTC), at=at, after=after, every=every, cron=cron, zone=zone, ttl=ttl
+                utc_now(), at=at, after=after, every=every, cron=cron, zone=zone, ttl=ttl
             )
             ended = 0
             if id is not None:
@@ -326,7 +326,7 @@ class Signals:
 
     async def _replace(self, subject: str, armed: StoredMessage) -> None:
         generation = read_timer(armed.headers).generation + 1
-        end = Timer(datetime.now(UTC), generation=generation, is_cancel=True)
+        end = Timer(utc_now(), generation=generation, is_cancel=True)
         headers = timer_headers(end, self._cluster.subjects.due())
         headers[EXPECTED] = str(armed.sequence)
         await append(self._cluster.bus, subject, armed.data, headers=headers)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from foundation_nats.base.clock import utc_now
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.registry import Held
@@ -62,7 +62,7 @@ async def explain(cluster: Cluster, name: str) -> Story:
             events=events,
             status=None if wish is None else deployment_status(wish, held.values()),
             nodes=nodes,
-            now=datetime.now(UTC),
+            now=utc_now(),
             is_cut=is_cut,
         )
         if story is not None:

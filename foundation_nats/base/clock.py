@@ -23,6 +23,15 @@ else:  # pragma: no cover - platforms without CLOCK_BOOTTIME
         return time.monotonic()
 
 
+def utc_now() -> datetime:
+    """Now, by the wall clock: for deadlines that people and other machines set.
+
+    It may step, and machines differ; never measure a duration by it. Everything here asks this
+    and not `datetime.now`, so that a test which moves a process's wall clock moves all of it.
+    """
+    return datetime.fromtimestamp(time.time(), UTC)
+
+
 _last_text: tuple[int, str] = (0, "")
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.handling import on
 from foundation_nats.agent.signal import Signal
-from foundation_nats.agent.state import State
+from foundation_nats.agent.state import State as Stored
 from foundation_schemas import RecoveredFrom
 
 
@@ -30,7 +30,7 @@ class Entry(BaseModel):
 class Ledger(Agent):
     """Appends every key that it is sent, and tells its mirror because of it."""
 
-    class State(State):
+    class State(Stored):
         """Every key applied, in order."""
 
         applied: list[str] = Field(default_factory=list)
@@ -62,7 +62,7 @@ class Numbered(BaseModel):
 class Tally(Agent):
     """Counts what each sender numbers, and sees gaps and repetitions without keeping a list."""
 
-    class State(State):
+    class State(Stored):
         """Where each sender stands, and what was wrong."""
 
         last: dict[str, int] = Field(default_factory=dict)
@@ -104,7 +104,7 @@ class Deposit(BaseModel):
 class Account(Agent):
     """A bank account: what it sends leaves by an emitted signal."""
 
-    class State(State):
+    class State(Stored):
         """Balance, and per peer what was sent and received."""
 
         balance: int = 0
@@ -145,7 +145,7 @@ class Swap(BaseModel):
 class Register(Agent):
     """One value: read, write, compare and set, by asks."""
 
-    class State(State):
+    class State(Stored):
         """The value; None at first."""
 
         value: int | None = None
@@ -179,7 +179,7 @@ class Item(BaseModel):
 class Stage(Agent):
     """Passes every item on to the next stage; the last one keeps it."""
 
-    class State(State):
+    class State(Stored):
         """Every key that passed, in order, and the sum of what they are worth."""
 
         applied: list[str] = Field(default_factory=list)
@@ -203,7 +203,7 @@ class Stage(Agent):
 class Guarded(Agent):
     """A resource that looks at fencing tokens."""
 
-    class State(State):
+    class State(Stored):
         """The highest token seen, and whose writes were accepted under which."""
 
         token: int = 0
@@ -223,7 +223,7 @@ class Guarded(Agent):
 class Saboteur(Agent):
     """Does to its worker process what agents should not do."""
 
-    class State(State):
+    class State(Stored):
         """How often it was told to."""
 
         count: int = 0
@@ -265,7 +265,7 @@ _LEAKED: list[bytearray] = []
 class Idler(Agent):
     """Is there, and needs resources: for churn."""
 
-    class State(State):
+    class State(Stored):
         """Nothing to keep but how often it was started."""
 
         starts: int = 0

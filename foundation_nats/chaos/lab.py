@@ -19,14 +19,13 @@ from typing import Any, Self
 
 import psutil
 
-import foundation_nats.testing
 from foundation_nats import Cluster
 from foundation_nats.testing.brokers import Brokers
+from foundation_nats.testing.clocks import SHIM, WallClock
 from foundation_nats.testing.cluster import NodeProcess, TestCluster
 from foundation_nats.testing.links import Link
 from foundation_nats.testing.server import TestServer
 
-_SHIM = str(Path(foundation_nats.testing.__file__).parent / "clock_shim")
 _END_TIMEOUT_S = 20.0
 
 GPUS = 6
@@ -76,7 +75,7 @@ class Lab:
         self._environment = dict(environment or {})
         self._workers = workers
         self._path = path or []
-        self._clocks: dict[str, Path] = {}
+        self._clocks: dict[str, WallClock] = {}
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.servers: list[TestServer] = []
         self.links: dict[str, list[Link]] = {}
@@ -113,7 +112,7 @@ class Lab:
         self.cluster = TestCluster(
             nodes=0,
             workers=self._workers,
-            path=[*self._path, _SHIM],
+            path=[*self._path, SHIM],
             settings={**self._settings, "mailbox": mailbox},
             urls=[server.url for server in self.servers],
             environment=self._environment,
@@ -121,7 +120,7 @@ class Lab:
         await self._stack.enter_async_context(self.cluster)
         for name in self.names:
             self.links[name] = await self._open_links()
-            self._clocks[name] = Path(directory) / f"{name}.clock"
+            self._clocks[name] = WallClock(Path(directory) / f"{name}.clock")
             self.start_node(name)
         self.client_links = await self._open_links()
         await self.cluster.wait_up(self.names, timeout=30)
@@ -161,7 +160,7 @@ class Lab:
             f"gpu={GPUS}",
             environment={
                 "FOUNDATION_BUS__SERVERS": ",".join(link.url for link in self.links[name]),
-                "FOUNDATION_TEST_CLOCK": str(self._clocks[name]),
+                **self._clocks[name].environment,
             },
         )
 
@@ -190,7 +189,7 @@ class Lab:
 
     def set_clock(self, name: str, offset_s: float) -> None:
         """Let the node's wall clock show so many seconds more."""
-        self._clocks[name].write_text(f"{offset_s}")
+        self._clocks[name].move(offset_s)
 
     async def restart_node(self, name: str) -> None:
         """Start the node anew if it has ended."""

@@ -12,13 +12,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import utc_now, utc_text
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.streams import StoredMessage, StreamReader
 from foundation_nats.bus.subjects import Subjects
@@ -201,7 +201,7 @@ class Tap:
 
     async def _replay(self, seconds: float) -> AsyncIterator[TapItem]:
         names = self._subjects
-        start = (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+        start = (utc_now() - timedelta(seconds=seconds)).isoformat()
         past: list[TapItem] = []
         for stream in (names.signals_stream, names.events_stream, names.dead_stream):
             reader = StreamReader(self._bus, stream)

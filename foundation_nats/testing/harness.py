@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from secrets import token_hex
 from typing import Any, Generic, TypeVar
@@ -36,7 +36,7 @@ from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.state import dump_state, first_state, load_state, restore_state
 from foundation_nats.agent.steps import StepLedger
 from foundation_nats.agent.streaming import Ended, collected
-from foundation_nats.base.clock import utc_text
+from foundation_nats.base.clock import utc_now, utc_text
 from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import (
     AgentUnavailableError,
@@ -222,7 +222,7 @@ class AgentHarness(Generic[A]):
         self._stored = _Stored(dump_state(first), cls.State.version)
         self._crashes: dict[str, CrashPoint] = {}
         self._offload = Offload()
-        self.now = datetime.now(UTC)
+        self.now = utc_now()
         """The agent's clock, which stands still but for `advance`."""
         self._sensing = Sensing(self._sensed, lambda: self.now)
         self._epoch = 0

@@ -109,6 +109,10 @@ class Recorder(Agent):
         await asyncio.sleep(signal.data)
         return signal.data
 
+    @on("clock")
+    async def clock(self, signal: Signal) -> float:
+        return self.ctx.now().timestamp()
+
 
 class SlowMirror(Mirror):
     """Takes its time for each."""

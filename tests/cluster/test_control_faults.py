@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import foundation_nats.testing
 from foundation_nats import Cluster
-from foundation_nats.base.clock import monotonic
 from foundation_nats.errors import AgentUnavailableError, ConfigError, DeploymentNotFoundError
 from foundation_nats.testing import TestCluster, eventually
 from tests.cluster import load as workload
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
-
-CLOCK_SHIM = str(Path(foundation_nats.testing.__file__).parent / "clock_shim")
 
 
 def counters(name: str, replicas: int, *, critical: bool = True) -> str:
@@ -222,33 +218,3 @@ async def test_a_module_that_ends_its_importers_takes_no_node_down(tmp_path: Pat
                 'version: 1\nagents: [{name: bad, run: "deadly:Agent"}]'
             )
         await cluster.agents.start("fleet:Counter", id="neighbour", timeout=15)
-
-
-async def test_clocks_that_jump_and_stand_still_are_no_verdict(tmp_path: Path) -> None:
-    """An hour ahead, an hour behind, steps of ten minutes, a clock that stands: nobody notices (R-58)."""
-    clock = tmp_path / "clock"
-    clock.write_text("0")
-    async with TestCluster(nodes=1, path=[str(AGENTS), CLOCK_SHIM]) as nodes:
-        cluster = nodes.client
-        for name in ("skewed", "n3"):
-            environment = {"FOUNDATION_TEST_CLOCK": str(clock)} if name == "skewed" else {}
-            nodes.start_node(name, environment=environment)
-        await nodes.wait_up(["n1", "skewed", "n3"])
-        await workload.deploy(nodes)
-        epochs = {info.id: info.epoch for info in await cluster.agents.list()}
-        load = workload.Load(cluster)
-        load.start()
-        await eventually(lambda: load.receipts > 50, message="load flows")
-        for offset in (3600, -3600, 600, -600):
-            clock.write_text(str(offset))
-            await asyncio.sleep(0.5)
-        began = monotonic()
-        while (standing := monotonic() - began) < 1:
-            clock.write_text(str(-standing))
-            await asyncio.sleep(0.02)
-        history = await load.stop()
-        await workload.verdict(nodes, history)
-        await workload.everyone_runs_once(nodes)
-        assert {info.id: info.epoch for info in await cluster.agents.list()} == epochs
-        events = await cluster.events.list(topic="node")
-        assert not [event for event in events if event.what in ("down", "suspect")]

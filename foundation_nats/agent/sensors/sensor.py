@@ -13,13 +13,14 @@ import inspect
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 
 from foundation_nats.agent.context import as_target, checked_type
 from foundation_nats.agent.owner import AnyAgent
 from foundation_nats.agent.signal import Payload
+from foundation_nats.base.clock import utc_now
 from foundation_nats.errors import ConfigError, SensorError
 from foundation_schemas import Target
 
@@ -136,7 +137,7 @@ class Surroundings:
 
     def now(self) -> datetime:
         """The wall clock, in UTC; the test's own in an `AgentHarness`."""
-        return datetime.now(UTC)
+        return utc_now()
 
     async def sleep(self, seconds: float) -> None:
         """Wait; in an `AgentHarness` not really."""
