@@ -154,6 +154,12 @@ class ControlConfig(_Section):
     """A node with so many short lives in a row gets agents only if no other can take them …"""
     stable_after_s: float = 60.0
     """… until it has lived for so long; a shorter life is a short one."""
+    pace_for_s: float = Field(default=60.0, ge=0)
+    """So long after many nodes were lost at once agents are given out slowly, the critical first …"""
+    pace_every_s: float = Field(default=0.5, gt=0)
+    """… so often …"""
+    pace_per_node: int = Field(default=500, ge=1)
+    """… and so many for each node that is left."""
     moves_max: int = Field(default=32, ge=1)
     """How many agents may be on their way from one node to another at a time …"""
     moves_per_node_max: int = Field(default=16, ge=1)

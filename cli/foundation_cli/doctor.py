@@ -230,6 +230,37 @@ async def check_nodes(cluster: Cluster) -> list[Finding]:
     return findings
 
 
+async def check_brake(cluster: Cluster) -> list[Finding]:
+    """Whether failover is held back, and which nodes are not trusted."""
+    from foundation_cli.status import brake_text
+
+    brake = await cluster.nodes.brake()
+    findings = []
+    if brake is not None and (text := brake_text(render.plain(brake))):
+        findings.append(
+            Finding(
+                "failover",
+                Level.CRITICAL if brake.held_for_s is not None else Level.WARNING,
+                f"{text[0].upper()}{text[1:]}.",
+                "Many nodes seemed dead at once: that is more often the network than the nodes, "
+                "and all their agents at once may be too much for those that are left.",
+                "If they are really gone: foundation failover",
+            )
+        )
+    for node in await cluster.nodes.list():
+        if node.distrusted:
+            findings.append(
+                Finding(
+                    "failover",
+                    Level.WARNING,
+                    f"Node {node.name} flaps: its last {node.short_lives} lives were short.",
+                    "It gets agents only if no other node can take them, until it was stable.",
+                    f"foundation why node:{node.name}",
+                )
+            )
+    return findings or [Finding("failover", Level.OK, "nothing is held back, no node flaps")]
+
+
 async def check_agents(cluster: Cluster) -> list[Finding]:
     """Agents that do not run."""
     agents = await cluster.agents.list()
@@ -283,6 +314,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("streams", check_streams),
     ("round trip", check_round_trip),
     ("nodes", check_nodes),
+    ("failover", check_brake),
     ("agents", check_agents),
     ("dead letters", check_dead_letters),
 )

@@ -53,6 +53,7 @@ NODE_COLUMNS = (
     Column("labels", lambda n: render.labels_text(n["labels"])),
     Column("offers", lambda n: ",".join(n.get("capabilities") or [])),
     Column("host", lambda n: n.get("host")),
+    Column("distrust", lambda n: _distrust(n)),
     Column("cordon", lambda n: _cordon(n), free=True),
 )
 DEPLOYMENT_COLUMNS = (
@@ -90,8 +91,12 @@ async def overview(cluster: Cluster) -> dict[str, Any]:
     """The object `status -o json` prints."""
     import asyncio
 
-    nodes, agents, deployments, leader = await asyncio.gather(
-        cluster.nodes.list(), cluster.agents.list(), cluster.deployments.list(), cluster.leader()
+    nodes, agents, deployments, leader, brake = await asyncio.gather(
+        cluster.nodes.list(),
+        cluster.agents.list(),
+        cluster.deployments.list(),
+        cluster.leader(),
+        cluster.nodes.brake(),
     )
     by_node = Counter(str(node.status) for node in nodes)
     by_agent = Counter(str(agent.status) for agent in agents)
@@ -102,8 +107,25 @@ async def overview(cluster: Cluster) -> dict[str, Any]:
         "leader": leader.holder if leader is not None else None,
         "nodes": {word: by_node.get(word, 0) for word in NODE_STATUSES},
         "agents": {word: by_agent.get(word, 0) for word in AGENT_STATUSES},
+        "brake": None if brake is None else render.plain(brake),
         "deployments": render.plain(deployments),
     }
+
+
+def brake_text(brake: dict[str, Any] | None) -> str:
+    """What holds failover back or slows it down, in a sentence; empty where nothing does."""
+    if brake is None:
+        return ""
+    if brake.get("held_for_s") is not None:
+        names = ", ".join(brake["held"]) or "nodes"
+        return f"failover of {names} is held back for {brake['held_for_s']:.0f} s more"
+    if brake.get("paced_for_s") is not None:
+        return f"lost agents are started slowly for {brake['paced_for_s']:.0f} s more"
+    return ""
+
+
+def _distrust(node: dict[str, Any]) -> str:
+    return f"flaps ({node['short_lives']} short lives)" if node.get("distrusted") else ""
 
 
 def _cordon(node: dict[str, Any]) -> str:
@@ -144,6 +166,8 @@ def status(shared: Shared) -> None:
     render.write(f"leader   {render.clean(found['leader'] or 'none')}")
     render.write(f"nodes    {_counts(found['nodes'], 'up')}")
     render.write(f"agents   {_counts(found['agents'], 'running')}")
+    if brake := brake_text(found["brake"]):
+        render.write(f"brake    {render.clean(brake)}; `foundation failover` ends that")
     if found["deployments"]:
         render.write("")
         render.table(DEPLOYMENT_COLUMNS, found["deployments"])
@@ -324,13 +348,21 @@ def leader(shared: Shared) -> None:
 
 
 @with_shared
-def failover(shared: Shared) -> None:
+def failover(
+    shared: Shared,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Said or not: the command overrides the brake in any case."),
+    ] = False,
+) -> None:
     """Fail over now what the storm brake holds back: the lost nodes are really gone.
 
     When many nodes seem dead at once, it is more likely that the network is sick: nothing is
-    moved for half a minute. This says that it is real.
+    moved for half a minute, and then slowly, so that the nodes that are left keep up. This says
+    that it is real, and that they can take it: everything is started elsewhere at once.
+    `foundation status` shows whether anything is held back.
 
-    Example: foundation failover
+    Example: foundation failover --force
     """
 
     async def main() -> list[str]:

@@ -149,7 +149,9 @@ def events(
     topic: Annotated[
         str | None,
         typer.Option(
-            metavar="TOPIC", help="Only node, agent, leader, deployment, worker or cluster."
+            metavar="TOPIC",
+            help="Only one of node, agent, leader, deployment, worker, cluster, resources, domain, "
+            "signal, election, breaker.",
         ),
     ] = None,
     limit: Annotated[

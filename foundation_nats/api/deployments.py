@@ -169,6 +169,7 @@ class Deployments:
             nodes,
             self._cluster.config.control,
             leader=None if leader is None else leader.holder,
+            reservations=await self._cluster.resources.reservations(nodes),
         )
 
     async def _held(self) -> Mapping[str, Held]:
@@ -184,7 +185,8 @@ class Deployments:
 
         Raises:
             DeploymentNotFoundError: there is no such deployment.
-            ConfigError: it is a single agent, or the number is out of range.
+            ConfigError: the deployment scales itself (``autoscale``), and not as far as that.
+            ConflictError: it is a single agent, or is being changed by others.
         """
         return await (await self._desired()).scale(name, replicas)
 

@@ -16,7 +16,15 @@ from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.view import NodeView
 from foundation_nats.control.rebalance import Drain
 from foundation_nats.errors import BusTimeoutError, NodeNotFoundError, NoRespondersError
-from foundation_schemas import Cordon, Heartbeat, LeaseRecord, Load, NodeRecord, NodeStatus
+from foundation_schemas import (
+    BrakeReply,
+    Cordon,
+    Heartbeat,
+    LeaseRecord,
+    Load,
+    NodeRecord,
+    NodeStatus,
+)
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
@@ -55,7 +63,8 @@ class Nodes:
     async def force_failover(self) -> builtins.list[str]:
         """Let the verdicts that the storm brake holds back take effect now, on every node.
 
-        For a person who knows that the nodes are really gone. Returns who was told.
+        From then on lost agents are started elsewhere as fast as usual, too. For a person who
+        knows that the nodes are really gone. Returns who was told.
         """
         bus, subjects = self._cluster.bus, self._cluster.subjects
         told = []
@@ -70,6 +79,20 @@ class Nodes:
             told.append(node.name)
         return told
 
+    async def brake(self) -> BrakeReply | None:
+        """What the storm brake holds back, or slows down, by the leader's word.
+
+        None: nobody leads at the moment, or the leader does not answer.
+        """
+        leader = await self.leader()
+        if leader is None:
+            return None
+        subject = self._cluster.subjects.control_node(leader.holder, "brake")
+        try:
+            return await rpc.call(self._cluster.bus, subject, None, BrakeReply, timeout=_ASK_S)
+        except (NoRespondersError, BusTimeoutError):
+            return None
+
     async def views(self) -> Mapping[str, NodeView]:
         """The nodes as a planner wants them, by name."""
         found = {}
@@ -83,9 +106,11 @@ class Nodes:
                 capacity=node.capacity,
                 cordoned=node.cordoned,
                 cordon_reason=node.cordon_reason,
+                short_lives=node.short_lives,
             )
             load = Load(agents=node.agents, **node.load)  # type: ignore[arg-type]
-            found[node.name] = NodeView(record, NodeStatus(node.status), load, True)
+            status = NodeStatus(node.status)
+            found[node.name] = NodeView(record, status, load, True, flaps=node.distrusted)
         return found
 
     async def _info(
@@ -119,6 +144,8 @@ class Nodes:
             started_at=record.started_at,
             cordoned=cordon is not None,
             cordon_reason="" if cordon is None else cordon.reason,
+            short_lives=record.short_lives,
+            distrusted=beat is not None and beat.distrusted,
         )
 
     async def get(self, name: str) -> NodeInfo:

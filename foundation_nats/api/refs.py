@@ -104,6 +104,10 @@ class NodeInfo(WireModel):
     cordoned: bool = False
     """It gets no new agents."""
     cordon_reason: str = ""
+    short_lives: int = 0
+    """How many of its lives in a row ended soon after they had begun."""
+    distrusted: bool = False
+    """It flaps: it gets agents only if no other node can take them, until it has lived for a while."""
 
 
 __all__ = ["AgentInfo", "AgentRef", "NodeInfo"]

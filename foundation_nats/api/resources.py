@@ -263,12 +263,23 @@ class Resources:
         Raises:
             BusUnavailableError, BusTimeoutError
         """
+        found = await self.reservations(nodes)
+        return {name: Usage(resources=books.reserved(items)) for name, items in found.items()}
+
+    async def reservations(
+        self, nodes: Iterable[str]
+    ) -> dict[str, builtins.list[ReservationRecord]]:
+        """The reservations that count now, per node; nodes without any are missing.
+
+        Raises:
+            BusUnavailableError, BusTimeoutError
+        """
         reads = await self._ledgers.read_many(list(nodes))
         now = await self._ledgers.clock.now()
         found = {}
         for name, read in reads.items():
             if read.record is not None and (items := books.live(read.record, now)):
-                found[name] = Usage(resources=books.reserved(items))
+                found[name] = items
         return found
 
     async def get(self, reservation: str | Reservation) -> Reservation:

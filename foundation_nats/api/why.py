@@ -42,6 +42,7 @@ async def explain(cluster: Cluster, name: str) -> Story:
             info.agents,
             info.cordon_reason if info.cordoned else None,
             info.leader,
+            info.short_lives if info.distrusted else None,
         )
         for info in infos
     }

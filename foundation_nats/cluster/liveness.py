@@ -161,6 +161,10 @@ class LivenessDetector:
             {node: (peer.incarnation, peer.verdict) for node, peer in self._peers.items()}
         )
 
+    def held(self) -> tuple[str, ...]:
+        """The nodes that would be down, were it not for the storm."""
+        return tuple(node for node, peer in self._peers.items() if peer.condemned is not None)
+
     def statistics(self) -> LivenessStatistics:
         """Numbers for debugging."""
         verdicts = [peer.verdict for peer in self._peers.values()]
@@ -222,6 +226,9 @@ class LivenessDetector:
             case ForceFailover():
                 if self._storm_until is not None:
                     self._storm_until = now
+                    effects.extend(self._end_storm(now))
+                # What a person says is real makes no storm of what falls next.
+                self._fallen.clear()
             case Tick():
                 pass
             case _:

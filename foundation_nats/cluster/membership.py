@@ -292,10 +292,7 @@ class Membership:
             f"Node {name} joined.",
             node=name,
             incarnation=self.incarnation,
-            workers=len(self._record.workers),
-            capabilities=list(self._record.capabilities),
-            labels=dict(self._record.labels),
-            capacity=dict(self._record.capacity),
+            **_about(self._record),
         )
         self._log.info("joined", incarnation=self.incarnation)
         return self._record
@@ -459,6 +456,7 @@ class Membership:
                 f"Node {self.node} hands over its agents.",
                 node=self.node,
                 incarnation=self.incarnation,
+                **({} if self._record is None else _about(self._record)),
             )
         self._draining = draining
         self._see_self()
@@ -480,6 +478,7 @@ class Membership:
                 f"Node {self.node} left.",
                 node=self.node,
                 incarnation=self.incarnation,
+                **_about(self._record),
             )
             try:
                 async with asyncio.timeout(timeout):
@@ -782,6 +781,13 @@ class Membership:
         """Say that a write took more than a second: silence proves little for a while."""
         self._disturb()
 
+    def held_back(self) -> tuple[tuple[str, ...], float] | None:
+        """The nodes whose verdict a storm holds back, and for how many seconds; None: no storm."""
+        until = self._detector.statistics().storm_until
+        if until is None:
+            return None
+        return self._detector.held(), max(0.0, until - monotonic())
+
     def force_failover(self) -> None:
         """Let the verdicts that a storm holds back take effect: a person says it is real."""
         self._step(ForceFailover())
@@ -854,10 +860,13 @@ class Membership:
 
     def _tell(self, what: str, message: str, node: str, incarnation: int, cause: str) -> None:
         """Only the leader speaks about others, or each fact would be told by every node."""
-        if self._term is not None:
-            self._events.emit(
-                "node", what, message, node=node, incarnation=incarnation, cause=cause
-            )
+        if self._term is None:
+            return
+        view = self._views.get(node)
+        about = {} if view is None else _about(view.record)
+        self._events.emit(
+            "node", what, message, node=node, incarnation=incarnation, cause=cause, **about
+        )
 
     def _end(self, node: str, incarnation: int) -> None:
         self._down[node] = max(self._down.get(node, -1), incarnation)
@@ -1193,6 +1202,17 @@ class Membership:
         elif self._lag_s and now - self._lag_at > _LAG_MEMORY_S:
             self._lag_s = 0.0
             self._step(OwnLag(0.0))
+
+
+def _about(record: NodeRecord) -> dict[str, Any]:
+    """What events say of a node besides its name and its life."""
+    return {
+        "host": record.host,
+        "workers": len(record.workers),
+        "capabilities": list(record.capabilities),
+        "labels": dict(record.labels),
+        "capacity": dict(record.capacity),
+    }
 
 
 def _incarnation_of(entry: Entry) -> int:

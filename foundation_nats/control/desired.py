@@ -27,6 +27,7 @@ from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff
 from foundation_nats.control.rollouts import adopted, succeeding, with_replicas_kept
 from foundation_nats.errors import (
     AlreadyExistsError,
+    ConfigError,
     ConflictError,
     DecodeError,
     DeploymentNotFoundError,
@@ -184,8 +185,13 @@ class Desired:
     async def scale(self, name: str, replicas: int, *, why: str = "") -> Deployment:
         """Change the number of replicas; returns the new wish.
 
+        Args:
+            why: who else than a person wants it. A person stays within the limits of
+                ``autoscale``, since what is beyond them would be undone within seconds.
+
         Raises:
             DeploymentNotFoundError: there is no such deployment.
+            ConfigError: it scales itself, and not as far as that.
             ConflictError: it is a single agent, or is being changed by others.
             BusTimeoutError: outcome unknown.
         """
@@ -196,6 +202,15 @@ class Desired:
                 raise ConflictError(
                     f"{name} is a single agent and has no replicas to scale.",
                     hint="Give it `replicas` in its manifest first; its id becomes NAME-0.",
+                )
+            auto = current.autoscale
+            if auto is not None and not why and not auto.min <= replicas <= auto.max:
+                raise ConfigError(
+                    f"{name} scales itself between {auto.min} and {auto.max} replicas, "
+                    f"so it would not stay at {replicas}.",
+                    hint="Change `autoscale` in its manifest, or take it out there.",
+                    min=auto.min,
+                    max=auto.max,
                 )
             before[:] = [current.replicas]
             # Built anew, so that the limits of the model hold.

@@ -19,7 +19,7 @@ from foundation_nats.config import ControlConfig
 from foundation_nats.control.commands import Assign, MarkPending
 from foundation_nats.control.planner import plan
 from foundation_nats.control.rollouts import with_replicas_kept
-from foundation_schemas import Deployment
+from foundation_schemas import Deployment, ReservationRecord
 
 
 class ChangeKind(StrEnum):
@@ -136,8 +136,12 @@ def preview(
     prune: bool = False,
     leader: str | None = None,
     seed: int = 0,
+    reservations: Mapping[str, Sequence[ReservationRecord]] | None = None,
 ) -> Preview:
-    """`diff`, and for each agent that it concerns the node that it would get, keep or leave."""
+    """`diff`, and for each agent that it concerns the node that it would get, keep or leave.
+
+    *reservations*, node to those that count, are taken from what the nodes have to give.
+    """
     changes = diff(current, wanted, prune=prune)
     after = dict(current)
     for change in changes:
@@ -145,7 +149,17 @@ def preview(
             after.pop(change.name, None)
         else:
             after[change.name] = change.after
-    found = plan(after, held, nodes, 0.0, config, leader, random.Random(seed), commands_max=None)
+    found = plan(
+        after,
+        held,
+        nodes,
+        0.0,
+        config,
+        leader,
+        random.Random(seed),
+        commands_max=None,
+        reservations=reservations,
+    )
     placements: dict[str, str] = {}
     unplaceable: dict[str, Mapping[str, str]] = {}
     for command in found.commands:

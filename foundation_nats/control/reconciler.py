@@ -38,8 +38,10 @@ from foundation_nats.control.commands import (
 )
 from foundation_nats.control.desired import Desired
 from foundation_nats.control.executor import Outcome, execute
+from foundation_nats.control.pacing import commands_max, left_s, pause_s
 from foundation_nats.control.planner import COMMANDS_MAX, History, plan
 from foundation_nats.control.rollout_keeper import RolloutKeeper
+from foundation_nats.control.trust import is_flapping
 from foundation_nats.control.upkeep import Upkeep
 from foundation_nats.errors import FoundationError
 from foundation_schemas import AgentStatus, LedgerRecord, NodeStatus
@@ -54,11 +56,6 @@ _REST_FACTOR = 2.0
 _AGENTS_NAMED_MAX = 50
 _NODES_NAMED_MAX = 20
 _WAITING_TOLD_MAX = 20
-_PACE_FOR_S = 60.0
-"""After a storm: so long agents are given out slowly, the critical ones first …"""
-_PACE_EVERY_S = 0.5
-_PACE_PER_NODE = 500
-"""… so many per surviving node and pass."""
 _LOST = (Cause.NODE_DOWN, Cause.NODE_RESTARTED)
 
 
@@ -90,6 +87,8 @@ class Reconciler:
         self._stormed_at: float | None = None
         self._born: dict[str, tuple[int, float]] = {}
         """Node to its life and when we first saw that."""
+        self._distrusted: set[str] = set()
+        """Nodes that live and flap, as last looked at."""
         self._newest = 0
         self._epoch_floor = 0
         self._is_ready = False
@@ -195,6 +194,8 @@ class Reconciler:
 
     def _on_members(self) -> None:
         now = monotonic()
+        if self._membership.is_in_storm:
+            self._stormed_at = now  # whoever leads after it paces, too
         for name, view in self._membership.nodes().items():
             if view.status is NodeStatus.DOWN:
                 self._down_at.setdefault(name, now)
@@ -202,6 +203,9 @@ class Reconciler:
             self._down_at.pop(name, None)
             if self._born.get(name, (0, 0.0))[0] != view.incarnation:
                 self._born[name] = view.incarnation, now
+        if self._term is None:
+            # A new leader tells what changes under it, and no more.
+            self._look_at_trust(self.nodes())
         self.wake(urgent=True)
 
     # ---- the loop -------------------------------------------------------------------
@@ -244,6 +248,8 @@ class Reconciler:
             await self._prepare()
         now = monotonic()
         nodes, soonest = self._nodes(now)
+        self._look_at_trust(nodes)
+        paced_s = self.paced_s()
         self._epoch_floor = max(self._epoch_floor, self._newest)
         found = plan(
             self._desired.all(),
@@ -256,7 +262,9 @@ class Reconciler:
             history=self._history,
             epoch_floor=self._epoch_floor,
             at=utc_text(),
-            commands_max=self._pace(now, nodes),
+            commands_max=commands_max(
+                paced_s, sum(view.is_alive for view in nodes.values()), self._control, COMMANDS_MAX
+            ),
             reservations=None if self._ledgers is None else self._ledgers.reservations(),
         )
         self._passes += 1
@@ -274,7 +282,7 @@ class Reconciler:
                 # What was refused or lost shows in the registry once the watch has caught up.
                 wait = min(wait, _RETRY_S)
         if found.is_truncated:
-            wait = _PACE_EVERY_S if self._is_pacing(now) else 0.0
+            wait = pause_s(self.paced_s(), self._control)
         rolling = await self._rollouts.look(now)
         if rolling is not None:
             wait = min(wait, rolling)
@@ -300,18 +308,17 @@ class Reconciler:
                 was_short = lived_s is not None and lived_s < self._control.stable_after_s
                 await self._membership.seal(node, incarnation, was_short=was_short)
 
-    def _is_pacing(self, now: float) -> bool:
-        """Whether many nodes were lost at once a short while ago."""
+    def paced_s(self) -> float:
+        """For how much longer agents are given out slowly, because many nodes were lost at once."""
+        now = monotonic()
         if self._membership.is_in_storm:
             self._stormed_at = now
-        return self._stormed_at is not None and now - self._stormed_at < _PACE_FOR_S
+        return left_s(now, self._stormed_at, self._control)
 
-    def _pace(self, now: float, nodes: Mapping[str, NodeView]) -> int:
-        """How many commands of one pass: few after a storm, so that the survivors keep up."""
-        if not self._is_pacing(now):
-            return COMMANDS_MAX
-        alive = sum(view.is_alive for view in nodes.values())
-        return max(1, alive) * _PACE_PER_NODE
+    def hurry(self) -> None:
+        """Give agents out as fast as usual again: a person says that the survivors can take it."""
+        self._stormed_at = None
+        self.wake(urgent=True)
 
     def _lived_s(self, node: str, incarnation: int) -> float | None:
         """How long this life has lasted as far as we saw it, until it was down; None: not seen."""
@@ -328,12 +335,46 @@ class Reconciler:
         """The view, marked if its node is cordoned or flaps."""
         if self._upkeep is not None:
             view = self._upkeep.marked(view)
-        if view.record.short_lives < self._control.flapping_after:
-            return view
         lived_s = self._lived_s(name, view.incarnation)
-        if lived_s is not None and lived_s >= self._control.stable_after_s:
+        if not is_flapping(view.record.short_lives, lived_s, self._control):
             return view
         return replace(view, flaps=True)
+
+    def distrusts(self, name: str) -> bool:
+        """Whether a node that lives is one that flaps, as far as this node saw."""
+        view = self._membership.nodes().get(name)
+        return view is not None and self._trusted(name, view, monotonic()).flaps
+
+    def _look_at_trust(self, nodes: Mapping[str, NodeView]) -> None:
+        """Tell, while we lead, which nodes are trusted no more, or again; those that are down are neither."""
+        now = {name: view for name, view in nodes.items() if view.flaps and view.is_alive}
+        before, self._distrusted = self._distrusted, set(now)
+        if self._term is None:
+            return
+        for name in sorted(now.keys() - before):
+            lives = now[name].record.short_lives
+            self._membership.emit(
+                "node",
+                "distrusted",
+                f"Node {name} is given agents only if no other can take them: its last {lives} lives "
+                f"were shorter than {self._control.stable_after_s:g} s.",
+                node=name,
+                incarnation=now[name].incarnation,
+                short_lives=lives,
+                stable_after_s=self._control.stable_after_s,
+            )
+        for name in sorted(before - now.keys()):
+            view = nodes.get(name)
+            if view is None or not view.is_alive:
+                continue
+            self._membership.emit(
+                "node",
+                "trusted",
+                f"Node {name} has lived for {self._control.stable_after_s:g} s, and gets agents "
+                "like any other again.",
+                node=name,
+                incarnation=view.incarnation,
+            )
 
     def _soonest(self, wait: float, found: Plan) -> float:
         return wait if found.next_wake_s is None else min(wait, max(0.01, found.next_wake_s))

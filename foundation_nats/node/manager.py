@@ -60,6 +60,7 @@ from foundation_nats.signaling.rerouter import Rerouter
 from foundation_nats.signaling.timekeeper import Timekeeper
 from foundation_schemas import (
     AgentRecord,
+    BrakeReply,
     ClassInfo,
     DeploymentMeasure,
     Heartbeat,
@@ -252,6 +253,7 @@ class NodeManager:
             "validate": self._validate,
             "heartbeat": self._heartbeat,
             "force_failover": self._force_failover,
+            "brake": self._brake,
             "rtt": self._rtt,
             "reload": self._reload,
             "stop": self._stop_asked,
@@ -474,6 +476,20 @@ class NodeManager:
         assert self._membership is not None
         self._log.warning("the storm brake is overridden")
         self._membership.force_failover()
+        if self._controller is not None:
+            self._controller.reconciler.hurry()
+
+    async def _brake(self, _data: bytes) -> WireModel:
+        """What holds failover back or slows it down, as this node sees it; the leader's word counts."""
+        assert self._membership is not None
+        held = self._membership.held_back()
+        paced_s = 0.0 if self._controller is None else self._controller.reconciler.paced_s()
+        return BrakeReply(
+            node=self.name,
+            held=[] if held is None else sorted(held[0]),
+            held_for_s=None if held is None else held[1],
+            paced_for_s=paced_s or None,
+        )
 
     async def _stop_asked(self, _data: bytes) -> None:
         if not self._is_process:
@@ -485,6 +501,7 @@ class NodeManager:
 
     async def _heartbeat(self, _data: bytes) -> WireModel:
         assert self._membership is not None
+        controller = self._controller
         return Heartbeat(
             node=self.name,
             incarnation=self._membership.incarnation,
@@ -492,6 +509,7 @@ class NodeManager:
             sent_at=0.0,
             draining=self._draining,
             load=self._load(),
+            distrusted=controller is not None and controller.reconciler.distrusts(self.name),
         )
 
     async def _rtt(self, data: bytes) -> WireModel:

@@ -56,6 +56,8 @@ class NodeNow:
     cordon: str | None = None
     """Why it gets no new agents; None: it gets some."""
     is_leader: bool = False
+    short_lives: int | None = None
+    """It flaps: so many of its last lives were short; None: it is trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -976,6 +978,13 @@ def _node_now(
             known.status,
             f"{text[:-1]}; it gets no new ones ({known.cordon or 'cordoned'}).",
             [f"`foundation uncordon {name}` lets it get agents again."],
+        )
+    if known.short_lives is not None:
+        return (
+            known.status,
+            f"{text[:-1]}; it gets more only if no other node can take them, because its last "
+            f"{known.short_lives} lives were short.",
+            ["It is trusted again once it has lived for `control.stable_after_s`."],
         )
     return known.status, text, []
 

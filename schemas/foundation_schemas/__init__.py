@@ -28,6 +28,7 @@ from foundation_schemas.base import WIRE_VERSION, WireModel, check_name, is_name
 from foundation_schemas.consensus import DomainEntry, DomainRecent, DomainSnapshot
 from foundation_schemas.control import (
     AgentReport,
+    BrakeReply,
     ClassInfo,
     DeploymentMeasure,
     ErrorBody,
@@ -105,6 +106,7 @@ __all__ = [
     "Autoscale",
     "Ballot",
     "BarrierRecord",
+    "BrakeReply",
     "ChildRecord",
     "ChildStatus",
     "ClassInfo",

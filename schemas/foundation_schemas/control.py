@@ -180,6 +180,19 @@ class InspectReply(WireModel):
     details: dict[str, Any] = Field(default_factory=dict)
 
 
+class BrakeReply(WireModel):
+    """What holds failover back after many nodes seemed dead at once, or slows it down."""
+
+    node: NodeId
+    """Who says so."""
+    held: list[NodeId] = Field(default_factory=list)
+    """Nodes that would be given up, were it not for the storm brake …"""
+    held_for_s: float | None = None
+    """… which ends by itself in so many seconds; None: it doesn't hold anything."""
+    paced_for_s: float | None = None
+    """For so long agents are still given out slowly; None: as fast as usual."""
+
+
 class MeasureRequest(WireModel):
     """What do the agents of these deployments have to do?"""
 

@@ -16,7 +16,7 @@ class ClusterEvent(WireModel):
     """Something that happened; published on ``fnd.C.event.<topic>.<what>`` and kept in EVENTS."""
 
     topic: str
-    """``node``, ``agent``, ``leader``, ``deployment``, ``cluster``, ``worker``."""
+    """``node``, ``agent``, ``leader``, ``deployment``, ``cluster``, ``worker``, ``resources``, …"""
     what: str
     """``joined``, ``down``, ``started``, ``failed_over``, ``elected``, …"""
     at: str

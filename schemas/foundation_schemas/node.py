@@ -73,6 +73,8 @@ class Heartbeat(WireModel):
     left: bool = False
     """The last words of a node that stops in good order."""
     load: Load = Load()
+    distrusted: bool = False
+    """Said when asked for: its last lives were short, and this one is young."""
     hears: list[str] | None = None
     """The other nodes whose heartbeats reach the sender; None: as it last said."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import orjson
 import pytest
 
+from foundation_nats.errors import ConfigError
 from foundation_nats.testing import TestCluster, eventually
 from tests.conftest import AGENTS
 
@@ -75,3 +76,15 @@ async def test_it_follows_a_gauge_of_its_agents() -> None:
             return await has() == 3
 
         await eventually(three, timeout=15, message="three replicas")
+
+
+async def test_a_person_does_not_scale_it_beyond_its_limits() -> None:
+    """It would be undone within seconds: refused, with the limits; within them it is done."""
+    async with TestCluster(nodes=0) as nodes:
+        deployments = nodes.client.deployments
+        await deployments.apply(manifest(backlog=5), validate=False)
+        for replicas in (0, 5):
+            with pytest.raises(ConfigError, match="between 1 and 4 replicas") as caught:
+                await deployments.scale("slow", replicas)
+            assert "autoscale" in (caught.value.hint or "")
+        assert (await deployments.scale("slow", 3)).replicas == 3

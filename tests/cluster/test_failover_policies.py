@@ -6,8 +6,13 @@ import asyncio
 
 import pytest
 
+from foundation_cli.doctor import check_brake
+from foundation_cli.status import brake_text, overview
+from foundation_nats.bus.kv import Bucket
+from foundation_nats.bus.rpc import encode
 from foundation_nats.errors import ConflictError
 from foundation_nats.testing import TestCluster, eventually
+from foundation_schemas import BrakeReply, NodeRecord
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
@@ -73,6 +78,9 @@ async def test_a_node_that_flaps_gets_agents_only_if_no_other_can() -> None:
             await eventually(emptied, timeout=30, message="its agents are elsewhere")
             nodes.start_node(flapping)
             await nodes.wait_up([flapping])
+        assert (await cluster.nodes.get(flapping)).distrusted
+        told = await cluster.events.list(topic="node")
+        assert [event.data["node"] for event in told if event.what == "distrusted"] == [flapping]
         for number in range(8):
             await cluster.agents.start("fleet:Counter", id=f"new-{number}", timeout=20)
         assert await cluster.agents.list(node=flapping) == []
@@ -85,6 +93,77 @@ async def test_a_node_that_flaps_gets_agents_only_if_no_other_can() -> None:
             return len(infos) >= 8 and {info.node for info in infos} == {flapping}
 
         await eventually(all_there, timeout=40, message="nobody else is left: it gets them")
+
+
+async def test_a_node_that_flapped_is_trusted_again_once_it_was_stable() -> None:
+    """Plans, the listing and its story know; the change is told once in each direction."""
+    settings = {"control": {"stable_after_s": 4, "resync_every_s": 0.5}}
+    async with TestCluster(nodes=1, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        before = NodeRecord(name="n2", incarnation=1, ended=True, short_lives=4)
+        await Bucket(cluster.bus, cluster.subjects, "nodes").create("n2", encode(before))
+        nodes.start_node("n2")
+        await nodes.wait_up(["n2"])
+        info = await cluster.nodes.get("n2")
+        assert (info.distrusted, info.short_lives) == (True, 4)
+        plan = await cluster.deployments.plan(
+            '{version: 1, agents: [{name: c, run: "fleet:Counter", replicas: 6}]}'
+        )
+        assert set(plan.placements.values()) == {"n1"}
+        story = await cluster.why("node:n2")
+        assert "its last 4 lives were short" in story.sentences[-1].text
+
+        async def told() -> list[str]:
+            events = await cluster.events.list(topic="node")
+            return [e.what for e in events if e.data.get("node") == "n2" and "trusted" in e.what]
+
+        async def trusted() -> bool:
+            return "trusted" in await told()
+
+        await eventually(trusted, timeout=10, message="it is trusted again")
+        assert await told() == ["distrusted", "trusted"]
+        info = await cluster.nodes.get("n2")
+        assert (info.distrusted, info.short_lives) == (False, 4)
+
+
+async def test_the_brake_holds_when_the_leader_is_among_the_many_that_die() -> None:
+    """Its successor raises the alarm, says what it holds, and goes on when a person says so."""
+    settings = {"liveness": {"storm_hold_s": 60}}
+    async with TestCluster(nodes=5, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        lease = await eventually(cluster.leader, message="somebody leads")
+        for number in range(10):
+            await cluster.agents.start("fleet:Counter", id=f"c-{number}", critical=True)
+        victims = [lease.holder, *[name for name in nodes.nodes if name != lease.holder][:2]]
+        lost = {info.id for name in victims for info in await cluster.agents.list(node=name)}
+        for name in victims:
+            nodes.nodes[name].kill_all()
+
+        async def held() -> BrakeReply | None:
+            found = await cluster.nodes.brake()
+            return found if found is not None and found.held_for_s is not None else None
+
+        brake = await eventually(held, timeout=20, message="a new leader holds the failover back")
+        assert brake.node not in victims
+        assert set(brake.held) < set(victims)
+        assert 0 < brake.held_for_s <= 60
+        assert brake.paced_for_s is not None
+        (finding,) = await check_brake(cluster)
+        assert finding.level == "critical"
+        assert "is held back for" in brake_text((await overview(cluster))["brake"])
+        where = {(await cluster.agents.get(agent)).node for agent in lost}
+        assert where & set(victims)
+        assert brake.node in await cluster.nodes.force_failover()
+
+        async def moved() -> bool:
+            infos = await asyncio.gather(*(cluster.agents.get(agent) for agent in lost))
+            return all(i.status == "running" and i.node not in victims for i in infos)
+
+        await eventually(moved, timeout=20, message="they run elsewhere")
+        after = await cluster.nodes.brake()
+        assert (after.held_for_s, after.paced_for_s) == (None, None)
+        (finding,) = await check_brake(cluster)
+        assert finding.level == "ok"
 
 
 async def test_a_storm_waits_until_a_person_says_that_it_is_real() -> None:

@@ -356,3 +356,19 @@ async def test_what_is_asked_in_vain_says_why() -> None:
             await resources.confirm(mine)
         await resources.release(mine)
         assert not await resources.list()
+
+
+async def test_a_plan_gives_away_nothing_that_is_reserved() -> None:
+    """All there is is held by somebody: the plan says that the agents would wait, and for what."""
+    async with cluster_of(1) as nodes:
+        cluster = nodes.client
+        manifest = FLEET.format(count=2, each=2)
+        held = await cluster.resources.reserve({"gpu": GPUS}, ttl=60)
+        found = await cluster.deployments.plan(manifest)
+        assert not found.placements
+        assert set(found.unplaceable) == {"fleet-0", "fleet-1"}
+        assert all("gpu" in reasons["n1"] for reasons in found.unplaceable.values())
+        await cluster.resources.release(held)
+        found = await cluster.deployments.plan(manifest)
+        assert dict(found.placements) == {"fleet-0": "n1", "fleet-1": "n1"}
+        assert not found.unplaceable

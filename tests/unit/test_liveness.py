@@ -303,3 +303,29 @@ def test_no_amount_of_bad_news_ends_a_life_within_the_grace(
             break
         detector.step(event, now)
         assert all(detector.verdict(node) is not Verdict.DOWN for node in alive)
+
+
+def test_what_a_person_says_is_real_makes_no_storm_of_what_falls_next() -> None:
+    """Two fall and are held; forced, they are down, and the third falls without a hold."""
+    detector = LivenessDetector()
+    for name in ("a", "b", "c", "d", "e"):
+        detector.step(Heard(name, 1), 0.0)
+
+    def fall(names: str, at: float) -> list[Effect]:
+        found: list[Effect] = []
+        for tick in range(3):
+            for name in names:
+                found += detector.step(ProbeMissed(name, 1), at + 0.2 * tick)
+        return found
+
+    assert any(isinstance(effect, StormBegan) for effect in fall("ab", 1.0))
+    held = detector.held()
+    assert held
+    effects = detector.step(ForceFailover(), 2.0)
+    assert {e.node for e in effects if isinstance(e, VerdictChanged) and e.new is Verdict.DOWN} == {
+        *held
+    }
+    assert detector.held() == ()
+    effects = fall("c", 2.5)
+    assert not [effect for effect in effects if isinstance(effect, StormBegan)]
+    assert detector.verdict("c") is Verdict.DOWN

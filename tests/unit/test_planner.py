@@ -38,6 +38,7 @@ from foundation_schemas import (
     NodeStatus,
     OnNodeLoss,
     RecoveredFrom,
+    ReservationRecord,
 )
 
 S = AgentStatus
@@ -662,6 +663,18 @@ def test_a_preview_says_where_new_agents_would_go_and_which_could_not() -> None:
     ((agent, reasons),) = found.unplaceable.items()
     assert agent == "a-2"
     assert set(reasons) == {"n0", "n1"}
+
+
+def test_a_preview_knows_what_is_reserved() -> None:
+    """What others hold is not given away, not even in a plan; what they hold elsewhere doesn't matter."""
+    views = {view.name: view for view in (node("n0", capacity={"gpu": 2}), node("n1"))}
+    wished = [wish("a", 2, resources={"gpu": 1})]
+    held = ReservationRecord(id="r@n0", needs={"gpu": 1}, holder="somebody")
+    found = preview({}, wished, {}, views, CONFIG, reservations={"n0": [held]})
+    assert (dict(found.placements), set(found.unplaceable)) == ({"a-0": "n0"}, {"a-1"})
+    assert "gpu" in found.unplaceable["a-1"]["n0"]
+    found = preview({}, wished, {}, views, CONFIG, reservations={"n1": [held]})
+    assert set(found.placements) == {"a-0", "a-1"}
 
 
 def test_a_preview_names_the_node_of_agents_that_would_restart_or_leave() -> None:

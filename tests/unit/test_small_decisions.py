@@ -15,7 +15,9 @@ from foundation_nats.agent.loading import describe, run_name
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.base import failpoint
 from foundation_nats.bus.rpc import error_body
-from foundation_nats.config import Config
+from foundation_nats.config import Config, ControlConfig
+from foundation_nats.control import pacing
+from foundation_nats.control.trust import is_flapping
 from foundation_nats.errors import ConfigError, FoundationError, StateInvalidError, error_from_wire
 from foundation_nats.node.trimmer import Consumed, Mark, trim_to
 from foundation_nats.observe.filters import parse
@@ -234,3 +236,52 @@ def test_failpoints_have_known_names_and_actions() -> None:
     later()
     with pytest.raises(failpoint.FailpointError):
         later()
+
+
+@pytest.mark.parametrize(
+    ("now", "stormed_at", "left"),
+    [
+        (100.0, None, 0.0),
+        (100.0, 100.0, 60.0),
+        (130.0, 100.0, 30.0),
+        (160.0, 100.0, 0.0),
+        (999.0, 100.0, 0.0),
+    ],
+)
+def test_how_long_agents_are_given_out_slowly(
+    now: float, stormed_at: float | None, left: float
+) -> None:
+    """From the end of the storm on, for a while."""
+    assert pacing.left_s(now, stormed_at, ControlConfig()) == left
+
+
+@pytest.mark.parametrize(
+    ("left", "alive", "most", "pause"),
+    [
+        (0.0, 3, 10_000, 0.0),
+        (5.0, 3, 30, 0.25),
+        (5.0, 0, 10, 0.25),
+        (5.0, 5_000, 10_000, 0.25),
+    ],
+)
+def test_how_fast_agents_are_given_out(left: float, alive: int, most: int, pause: float) -> None:
+    """Some per node that lives, and never more than usual."""
+    config = ControlConfig(pace_per_node=10, pace_every_s=0.25)
+    assert pacing.commands_max(left, alive, config, usual=10_000) == most
+    assert pacing.pause_s(left, config) == pause
+
+
+@pytest.mark.parametrize(
+    ("short_lives", "lived_s", "flaps"),
+    [
+        (0, 0.0, False),
+        (2, 0.0, False),
+        (3, 0.0, True),
+        (3, 59.0, True),
+        (9, 60.0, False),
+        (3, None, True),
+    ],
+)
+def test_whether_a_node_flaps(short_lives: int, lived_s: float | None, flaps: bool) -> None:
+    """By its short lives in a row, until it has been stable."""
+    assert is_flapping(short_lives, lived_s, ControlConfig()) is flaps
