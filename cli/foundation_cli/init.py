@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from foundation_cli.connection import Shared, with_shared
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SUFFIX = ".in"
+_MANIFEST_SCHEMA = ".foundation/manifest.schema.json"
+"""What the first line of a new manifest names, for editors."""
 _NAMED_MAX = 5
 
 
@@ -46,12 +49,15 @@ def project_name(folder: Path) -> str:
 
 def files_of(template: Template, name: str) -> dict[str, str]:
     """The files of a new project: their paths in it, and what is in them."""
+    from foundation_nats.control.manifest_schema import manifest_schema
+
     found = {}
     for base in (_TEMPLATES / "shared", _TEMPLATES / template):
         for path in sorted(base.rglob(f"*{_SUFFIX}")):
             relative = path.relative_to(base).as_posix().removesuffix(_SUFFIX)
             relative = ".gitignore" if relative == "gitignore" else relative
             found[relative] = path.read_text(encoding="utf-8").replace("@NAME@", name)
+    found[_MANIFEST_SCHEMA] = json.dumps(manifest_schema(), indent=2) + "\n"
     return found
 
 

@@ -30,6 +30,7 @@ from foundation_cli import (
     resources,
     rollout,
     schedules,
+    schema,
     signal,
     status,
     steps,
@@ -91,6 +92,7 @@ for _module in (
     patterns,
     chaos,
     why,
+    schema,
 ):
     _module.register(app)
 

@@ -46,8 +46,8 @@ TEXT_MAX = 8 * 1024 * 1024
 _ITEMS_MAX = 200_000
 _DEPTH_MAX = 32
 
-_TOP = ("version", "agents")
-_PLACEMENT = (
+TOP_KEYS = ("version", "agents")
+PLACEMENT_KEYS = (
     "strategy",
     "require",
     "prefer",
@@ -57,8 +57,8 @@ _PLACEMENT = (
     "anti_affinity",
     "max_per_node",
 )
-_SPREAD = ("label", "max_skew", "when_unsatisfiable")
-_AGENT = (
+SPREAD_KEYS = ("label", "max_skew", "when_unsatisfiable")
+AGENT_KEYS = (
     "name",
     "run",
     "replicas",
@@ -74,10 +74,10 @@ _AGENT = (
     "labels",
     "subscribe",
 )
-_SUBSCRIBE = ("topic", "mode", "group")
-_SECTIONS: dict[str, type[BaseModel]] = {"update": UpdatePolicy, "autoscale": Autoscale}
+SUBSCRIBE_KEYS = ("topic", "mode", "group")
+SECTIONS: dict[str, type[BaseModel]] = {"update": UpdatePolicy, "autoscale": Autoscale}
 """Keys of an agent that say how its deployment changes, not what runs."""
-_RESTART = ("permanent", "transient", "temporary")
+RESTART_WORDS = ("permanent", "transient", "temporary")
 
 
 def load(path: str | Path) -> list[Deployment]:
@@ -144,7 +144,7 @@ class _Parser:
         if not isinstance(root, CommentedMap):
             what = "is empty" if root is None else f"starts with {_kind(root)}"
             self._fail(1, f"{what}, not with keys.", "Begin with `version: 1` and `agents:`.")
-        self._check_keys(root, _TOP, "the manifest")
+        self._check_keys(root, TOP_KEYS, "the manifest")
         if "version" not in root:
             self._fail(1, "the key 'version' is missing.", "Add `version: 1` as the first line.")
         version = root["version"]
@@ -230,7 +230,7 @@ class _Parser:
             )
         name = item.get("name")
         what = f"agent {name!r}" if isinstance(name, str) else "an agent"
-        self._check_keys(item, (*_AGENT, *_SECTIONS), what)
+        self._check_keys(item, (*AGENT_KEYS, *SECTIONS), what)
         for needed, example in (("name", "name: counter"), ("run", "run: my_module:MyAgent")):
             if item.get(needed) is None:
                 self._fail(line, f"{what} has no {needed!r}.", f"Add `{example}`.")
@@ -249,7 +249,7 @@ class _Parser:
                 item, "on_node_loss", [policy.value for policy in OnNodeLoss]
             )
         if item.get("restart") is not None:
-            spec["restart"] = self._choice(item, "restart", _RESTART)
+            spec["restart"] = self._choice(item, "restart", RESTART_WORDS)
         if item.get("restart_limit") is not None:
             spec["restart_limit"] = self._section(item, "restart_limit", RestartLimit)
         if item.get("config") is not None:
@@ -261,7 +261,7 @@ class _Parser:
         values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
         if item.get("replicas") is not None:
             values["replicas"] = self._replicas(item)
-        for key, kind in _SECTIONS.items():
+        for key, kind in SECTIONS.items():
             if item.get(key) is not None:
                 values[key] = self._section(item, key, kind)
         try:
@@ -283,7 +283,7 @@ class _Parser:
         topics: list[Any] = []
         for topic in found:
             if isinstance(topic, CommentedMap):
-                self._check_keys(topic, _SUBSCRIBE, "'subscribe'")
+                self._check_keys(topic, SUBSCRIBE_KEYS, "'subscribe'")
                 topics.append({str(name): value for name, value in topic.items()})
             else:
                 topics.append(topic)
@@ -400,7 +400,7 @@ class _Parser:
         value = found["placement"]
         if not isinstance(value, CommentedMap):
             self._wrong(found, "placement", "keys such as {strategy: spread}")
-        self._check_keys(value, _PLACEMENT, f"placement of {what}")
+        self._check_keys(value, PLACEMENT_KEYS, f"placement of {what}")
         policy: dict[str, Any] = {}
         if value.get("strategy") is not None:
             known = STRATEGIES if value["strategy"] in STRATEGIES else known_strategies()
@@ -434,7 +434,7 @@ class _Parser:
             self._wrong(
                 found, "spread", "a label's name or keys such as {label: zone, max_skew: 1}"
             )
-        self._check_keys(value, _SPREAD, f"spread of {what}")
+        self._check_keys(value, SPREAD_KEYS, f"spread of {what}")
         if value.get("label") is None:
             self._fail(
                 _line(found, "spread"),
@@ -537,11 +537,11 @@ def export(deployments: Iterable[Deployment]) -> str:
             item["replicas"] = deployment.replicas
         values = spec.model_dump(mode="json")
         blank = AgentSpec(run=spec.run).model_dump(mode="json")
-        for key in _AGENT:
+        for key in AGENT_KEYS:
             if key in ("name", "run", "replicas") or values[key] == blank[key]:
                 continue
             item[key] = _changed(spec.placement) if key == "placement" else values[key]
-        for key in _SECTIONS:
+        for key in SECTIONS:
             section = getattr(deployment, key)
             if section is not None and section != Deployment.model_fields[key].default:
                 item[key] = section.model_dump(mode="json", exclude_defaults=True)
@@ -557,4 +557,4 @@ def export(deployments: Iterable[Deployment]) -> str:
 
 def _changed(policy: PlacementPolicy) -> Mapping[str, Any]:
     values, blank = policy.model_dump(mode="json"), PlacementPolicy().model_dump(mode="json")
-    return {key: values[key] for key in _PLACEMENT if values[key] != blank[key]}
+    return {key: values[key] for key in PLACEMENT_KEYS if values[key] != blank[key]}

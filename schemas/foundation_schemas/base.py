@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 WIRE_VERSION = 1
 NAME_LENGTH_MAX = 128
 
+NAME_PATTERN = "^[A-Za-z0-9_-]{1,128}$"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
 
 
@@ -38,7 +39,11 @@ def is_name(value: str) -> bool:
     return _NAME.match(value) is not None
 
 
-Name = Annotated[str, AfterValidator(check_name)]
+Name = Annotated[
+    str,
+    AfterValidator(check_name),
+    WithJsonSchema({"type": "string", "pattern": NAME_PATTERN}),
+]
 AgentId = Name
 NodeId = Name
 ClusterId = Name
