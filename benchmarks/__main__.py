@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import fleet, ours, streams
+from benchmarks import fleet, ours, patterns, streams
 from benchmarks.floor import create, failover, latency, mailbox, memory
 from benchmarks.floor.server import throw_away_server
 from foundation_nats.base.tasks import run
@@ -67,6 +67,9 @@ WORKS = [
     Work("hibernate", ours.hibernate, None),
     Work("idle", ours.idle, None),
     Work("launch", ours.launch, None),
+    Work("fan-out", patterns.fan_out, None),
+    Work("barrier", patterns.meeting, None),
+    Work("vote", patterns.ballots, None),
     Work("pipeline", streams.through_stages, None),
     Work("map-reduce", streams.in_chunks, None),
 ]
@@ -96,8 +99,13 @@ ROWS = [
     Row("idle", "the same, idle: cpu of all nodes, of one core", "cpu_percent", None, "%", None, 3.0),
     Row("idle", "the same: memory", "rss_mb", None, "MB"),
     Row("launch", "server, node, agent: first answer", "launch_seconds", None, "s", None, 0.5),
+    Row("fan-out", "one signal to 1,000 agents: last effect stored", "fan_out_seconds", None, "s"),
+    Row("barrier", "a generation of a barrier of 100", "generation_seconds", None, "s"),
+    Row("vote", "a vote of 100 agents, all ballots, all told", "vote_seconds", None, "s"),
     Row("pipeline", "items through five stages, exactly once", "items_per_s", None, "/s", None, None, True),
     Row("map-reduce", "1,000,000 items mapped and counted once", "items_per_s", None, "/s", None, None, True),
+    Row("map-reduce", "the same: peak memory of the driver", "driver_peak_mb", None, "MB"),
+    Row("map-reduce", "the same: what the million adds to it", "driver_growth_mb", None, "MB", None, 32.0),
 ]
 # fmt: on
 

@@ -90,6 +90,22 @@ class Adder(Agent):
         return sum(signal.data["items"])
 
 
+class Voter(Agent):
+    """Votes yes, and counts how often it did."""
+
+    class State(State):
+        counter: int = 0
+
+    @on("vote.question")
+    async def question(self, signal: Signal) -> str:
+        self.state.counter += 1
+        return "yes"
+
+    @on("vote.result")
+    async def result(self, signal: Signal) -> None:
+        """Hears how it ended."""
+
+
 class Heavy(Agent):
     """Some 20 KB of state."""
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import statistics
 import sys
 import time
 
 from foundation_nats import Cluster, FoundationError
 from foundation_nats.base.tasks import run
+from foundation_nats.coordination import map_reduce
 
 AGENTS = 1000
 SIGNALS = 50_000
@@ -21,6 +23,7 @@ CALLS = 20_000
 SEQUENTIAL = 2000
 SENDERS = 500
 MOVERS = 60
+NUMBERS = 1_000_000
 CLUSTER = "bench"
 
 
@@ -109,6 +112,36 @@ async def beat(cluster: Cluster) -> dict[str, float]:
     return {"sent": float(sent)}
 
 
+def peak_rss_mb() -> float:
+    """The most that this process has ever held.
+
+    Of the program, not of whoever has started it, which `getrusage` counts in.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1e3
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
+
+
+async def numbers(cluster: Cluster) -> dict[str, float]:
+    """1,000,000 small items mapped in chunks of 1,000 and added up; verified."""
+    await map_reduce(cluster, "warm", range(1000), "add", "sum")
+    before = peak_rss_mb()
+    began = time.monotonic()
+    total = await map_reduce(cluster, "bench", range(NUMBERS), "add", "sum")
+    seconds = time.monotonic() - began
+    if total != sum(range(NUMBERS)):
+        raise SystemExit(f"the sum is {total}")
+    peak = peak_rss_mb()
+    return {
+        "items_per_s": NUMBERS / seconds,
+        "driver_peak_mb": peak,
+        "driver_growth_mb": peak - before,
+    }
+
+
 async def main(what: str, url: str, expected: int = 0, count: int = AGENTS) -> dict[str, float]:
     """Connect and do one of the above."""
     async with Cluster.connect(url, cluster=CLUSTER) as cluster:
@@ -116,6 +149,8 @@ async def main(what: str, url: str, expected: int = 0, count: int = AGENTS) -> d
             return await produce(cluster)
         if what == "latency":
             return await latency(cluster)
+        if what == "numbers":
+            return await numbers(cluster)
         if what == "beat":
             return await beat(cluster)
         # The connection is up: say so, and begin when told.
