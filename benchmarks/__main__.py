@@ -63,6 +63,7 @@ WORKS = [
     Work("failover", ours.failover, failover.run),
     Work("failover-leader", ours.failover_of_leader, None),
     Work("rebalance", ours.rebalance, None),
+    Work("fleet", fleet.bench, None),
     Work("memory", ours.memory, memory.run),
     Work("hibernate", ours.hibernate, None),
     Work("idle", ours.idle, None),
@@ -89,6 +90,10 @@ ROWS = [
     Row("rebalance", "an agent is moved under load: pause, p50", "pause_p50_ms", None, "ms", None, 100),
     Row("rebalance", "the same, p99", "pause_p99_ms", None, "ms"),
     Row("rebalance", "a node with 20 busy agents is drained", "drain_seconds", None, "s"),
+    Row("fleet", "100,000 agents planned onto 100 nodes, processor time", "full_seconds", None, "s", None, fleet.TARGET_S),
+    Row("fleet", "the same after a node was lost", "loss_seconds", None, "s", None, fleet.TARGET_S),
+    Row("fleet", "agents that the loss of a node moves, of its 1,000", "loss_moved", None, ""),
+    Row("fleet", "agents that a rebalance moves to a node that joined", "rebalance_moved", None, ""),
     Row("memory", "idle agent, of 1,000", "bytes_per_agent_1000", None, "B"),
     Row("memory", "idle agent, of 10,000", "bytes_per_agent_10000", None, "B", None, 5 * 1024),
     Row("hibernate", "an agent with 20 KB of state, awake", "awake_bytes", None, "B"),
@@ -182,19 +187,51 @@ def report(
                 "ratio": ratio,
                 "unit": row.unit,
                 "target": verdict,
+                "at": time.strftime("%Y-%m-%d", time.gmtime()),
+                "runs": runs,
             }
         )
     return table, lines
 
 
+def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured now over what was measured earlier, in the order of the table.
+
+    Figures that the table doesn't know any more go.
+    """
+    known = {line["figure"]: line for line in (*before, *now)}
+    return [known[row.text] for row in ROWS if row.text in known]
+
+
+def read_figures(path: Path) -> list[dict[str, Any]]:
+    """The figures of an earlier run; none where there was none, or it can't be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    figures = found.get("figures", [])
+    # Those of before each figure had a date have that of their run.
+    machine = found.get("machine", {})
+    dates = {key: machine[key] for key in ("at", "runs") if key in machine}
+    return [{**dates, **line} for line in figures]
+
+
+def missed(lines: list[dict[str, Any]]) -> list[str]:
+    """The figures that miss their target."""
+    return [line["figure"] for line in lines if line["target"].endswith("missed")]
+
+
 def main() -> int:
-    """Measure, print, and write ``benchmarks/results/latest.json``."""
+    """Measure, print, and merge into ``benchmarks/results/latest.json``; with --check 1 if a target is missed."""
     if sys.argv[1:2] == ["fleet"]:
         return fleet.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", action="append", choices=[work.name for work in WORKS])
+    parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
     arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error("--runs must be at least 1")
     console = Console()
     chosen = [work for work in WORKS if not arguments.only or work.name in arguments.only]
 
@@ -212,7 +249,12 @@ def main() -> int:
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
         "runs": arguments.runs,
     }
-    RESULTS.write_text(json.dumps({"machine": machine, "figures": lines}, indent=2) + "\n")
+    figures = merged(read_figures(RESULTS), lines)
+    RESULTS.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+    late = missed(lines)
+    if arguments.check and late:
+        console.print(f"missed: {'; '.join(late)}", highlight=False)
+        return 1
     return 0
 
 

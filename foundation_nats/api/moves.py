@@ -71,7 +71,8 @@ class RebalanceReport:
     plan: Rebalance
     moved: list[MovedAgent] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Agents that were not moved after all, to the reason."""
+    """Agents that were not moved after all, to the reason; the rest of the plan is in `moved`.
+    One whose node died meanwhile may have come to where it should be all the same."""
 
 
 Progress = Callable[[int, int], None]
@@ -360,6 +361,7 @@ class Mover:
             return RebalanceReport(wanted.id, strategy, plan)
         agents = {move.agent for move in wanted.moves}
         deadline = monotonic() + timeout
+        ended_at: float | None = None
         while True:
             found = self.upkeep.rebalance
             moved = [item for item in log.done[before:] if item.agent in agents]
@@ -367,6 +369,15 @@ class Mover:
                 on_progress(len(moved), len(agents))
             if found is not None and (found.id != wanted.id or found.finished_at is not None):
                 skipped = dict(found.skipped) if found.id == wanted.id else {}
+                ended_at = ended_at or monotonic()
+                if log.open_count and monotonic() < ended_at + _STUCK_FOR_S:
+                    # The leader has seen the last ones arrive a little before us.
+                    await asyncio.sleep(_POLL_S)
+                    continue
+                for agent in sorted(agents - {item.agent for item in moved} - skipped.keys()):
+                    item = registry.get(agent)
+                    where = None if item is None else item.record.node
+                    skipped[agent] = f"it is on {where or 'no node'}, and not by this move"
                 return RebalanceReport(wanted.id, strategy, plan, moved, skipped)
             if monotonic() >= deadline:
                 raise NotSettledError(

@@ -222,6 +222,7 @@ class Picky(Agent):
     async def on_start(self, recovered_from: RecoveredFrom | None = None) -> None:
         if self.config.get("broken"):
             raise RuntimeError("this version is broken")
+        await asyncio.sleep(self.config.get("slow_s", 0))
 
     async def ready(self) -> bool:
         return not self.config.get("unready")

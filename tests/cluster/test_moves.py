@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 FEW_AT_A_TIME = {"control": {"moves_max": 2, "moves_per_node_max": 2}}
 """So that a drain lasts long enough to be disturbed."""
 
+ONE_AT_A_TIME = {"control": {"moves_max": 1, "moves_per_node_max": 1}}
+"""So that there is surely something left to do when the leader dies."""
+
 
 async def under_load(
     nodes: TestCluster, trouble: Callable[[], Awaitable[None]], *, minimum: int = 200
@@ -175,6 +178,8 @@ async def test_a_rebalance_fills_a_new_node_and_a_second_one_has_nothing_to_do()
             assert len(first.moved) == 2
             rest = await cluster.rebalance(timeout=30)
             show("rebalance", rest.moved)
+            away = [item.ms for item in [*first.moved, *rest.moved]]
+            assert statistics.median(away) < 500, away
             assert len(rest.moved) == 6
             assert not rest.skipped
             counts = [node.agents for node in await cluster.nodes.list()]
@@ -251,7 +256,7 @@ async def test_a_leader_that_dies_in_the_middle_is_succeeded_by_one_that_finishe
     what: str,
 ) -> None:
     """SIGKILL of the leading node while agents are on their way."""
-    async with TestCluster(nodes=3, workers=1, path=[str(AGENTS)], settings=FEW_AT_A_TIME) as nodes:
+    async with TestCluster(nodes=3, workers=1, path=[str(AGENTS)], settings=ONE_AT_A_TIME) as nodes:
         cluster = nodes.client
 
         async def trouble() -> None:
@@ -263,15 +268,43 @@ async def test_a_leader_that_dies_in_the_middle_is_succeeded_by_one_that_finishe
                 work = asyncio.create_task(cluster.rebalance(timeout=60))
             else:
                 work = asyncio.create_task(cluster.nodes.drain(victim.name, timeout=60))
+            lease = await cluster.leader()
+            assert lease is not None
+            assert lease.holder == leader.name
             await someone_moves(nodes)
             leader.kill_all()
-            report = await work
-            show(what, report.moved)
+            where = {info.id: info.node for info in await cluster.agents.list()}
             if what == "drain":
+                assert victim.name in where.values(), "it was empty before the leader died"
+                report = await work
                 assert not await cluster.agents.list(node=victim.name)
                 await cluster.nodes.uncordon(victim.name)
             else:
+                upkeep = cluster.mover.upkeep
+                await upkeep.refresh()
+                plan = upkeep.rebalance
+                assert plan is not None
+                assert plan.finished_at is None
+                left = [move for move in plan.moves if where[move.agent] != move.target]
+                assert left, "it was finished before the leader died"
+                report = await work
+                planned = {move.agent for move in report.plan.moves}
+                assert planned == {move.agent for move in plan.moves}
+                assert {item.agent for item in report.moved} | set(report.skipped) == planned
                 assert await cluster.agents.list(node=victim.name)
+            show(what, report.moved)
+            after = await cluster.leader()
+            assert after is not None
+            assert after.holder != leader.name
+            assert after.term > lease.term
+            word = "drained" if what == "drain" else "rebalanced"
+
+            async def finisher() -> str | None:
+                events = await cluster.events.list(limit=500)
+                ends = [event.source for event in events if event.what == word]
+                return ends[-1] if ends else None
+
+            assert await eventually(finisher, message="its end is told") != leader.name
 
         await under_load(nodes, trouble)
 

@@ -126,15 +126,19 @@ async def test_a_leader_killed_in_the_middle_is_succeeded_by_one_that_finishes()
     async with TestCluster(nodes=3, path=[str(AGENTS)], settings=settings) as nodes:
         cluster = nodes.client
         await deployed(cluster, manifest(1))
-        await cluster.deployments.apply(manifest(2, update={"max_unavailable": 1}))
+        lease = await cluster.leader()
+        assert lease is not None
+        text = manifest(2, update={"max_unavailable": 1}, slow_s=0.15)
+        await cluster.deployments.apply(text)
 
         async def begun() -> bool:
             return (await cluster.deployments.rollout("p")).updated >= 2
 
         await eventually(begun, message="it has begun")
-        lease = await cluster.leader()
-        assert lease is not None
         nodes.nodes[lease.holder].kill_all()
+        left = REPLICAS - (await cluster.deployments.rollout("p")).updated
+        assert left > 0, "it was finished before the leader died"
+        assert (await cluster.deployments.wishes())["p"].rolling
         sent = [f"k{number}" for number in range(40)]
         for number, key in enumerate(sent):
             await cluster.send(f"p-{number % REPLICAS}", "version", {}, id=key, timeout=10)
@@ -148,4 +152,14 @@ async def test_a_leader_killed_in_the_middle_is_succeeded_by_one_that_finishes()
             return total == len(sent)
 
         await eventually(handled, timeout=20, message="each signal is handled once")
+        after = await cluster.leader()
+        assert after is not None
+        assert after.holder != lease.holder
+        assert after.term > lease.term
+
+        async def finisher() -> str | None:
+            events = await cluster.events.list(topic="deployment")
+            return next((event.source for event in events if event.what == "rolled_out"), None)
+
+        assert await eventually(finisher, message="its end is told") != lease.holder
         assert await versions(cluster) == ["2"] * REPLICAS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -537,3 +538,23 @@ def test_pending_agents_start_when_a_node_appears() -> None:
     fleet.join(NodeView(joined, NodeStatus.UP, Load()))
     assert fleet.replan()[0] == 10
     assert fleet.even_out(Balance.EVEN_DISTRIBUTION)[0] == ()
+
+
+@pytest.mark.timeout(240)
+def test_a_hundred_thousand_agents_on_a_hundred_nodes_are_planned_in_seconds() -> None:
+    """A full pass and one after a node was lost; by the processor's time, as others use it too."""
+    began = time.perf_counter()
+    fleet = Fleet.build(100, 100_000, policies()["load_balanced"])
+    placed, pending, full_s = fleet.replan()
+    assert (placed, pending) == (100_000, 0)
+    counts = fleet.counts().values()
+    assert (min(counts), max(counts)) == (1_000, 1_000)
+    lost = fleet.lose("n050")
+    moved, pending, loss_s = fleet.replan()
+    assert (moved, pending) == (lost, 0)
+    wall_s = time.perf_counter() - began
+    print(
+        f"full pass {full_s:.2f} s, after a loss {loss_s:.2f} s, in all {wall_s:.2f} s of wall time"
+    )
+    assert full_s < 10
+    assert loss_s < 5
