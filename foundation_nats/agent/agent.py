@@ -36,6 +36,7 @@ from foundation_nats.agent.state import State
 from foundation_nats.errors import ConfigError
 from foundation_nats.signaling.schedules import deadline_text
 from foundation_schemas import (
+    NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
     RecoveredFrom,
@@ -94,8 +95,9 @@ class Agent:
     """``permanent``, ``transient`` or ``temporary``, unless the wish for it says one."""
     restart_limit: ClassVar[RestartLimit | None] = None
     """How many restarts are enough to give it up, unless the wish for it says it."""
-    on_node_loss: ClassVar[OnNodeLoss | str | None] = None
-    """What becomes of it when its node is lost, unless the wish for it says it."""
+    on_node_loss: ClassVar[OnNodeLoss | NodeLoss | typing.Mapping[str, Any] | str | None] = None
+    """What becomes of it when its node is lost, unless the wish for it says it: ``restart``,
+    ``unavailable``, ``stop``, or ``{"policy": "stop", "grace_s": 30}`` to wait for the node first."""
     supervision: ClassVar[Supervision] = Supervision()
     """How it looks after the children that it spawns; see `Context.spawn`."""
 

@@ -406,7 +406,7 @@ class Context:
         capabilities: Collection[str] = (),
         resources: Mapping[str, float] | None = None,
         placement: Mapping[str, Any] | None = None,
-        on_node_loss: str | None = None,
+        on_node_loss: str | dict[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
         subscribe: Collection[str | Subscription] = (),
     ) -> str:

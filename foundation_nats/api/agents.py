@@ -59,7 +59,7 @@ class Agents:
         capabilities: Collection[str] = (),
         resources: dict[str, float] | None = None,
         placement: dict[str, Any] | None = None,
-        on_node_loss: str | None = None,
+        on_node_loss: str | dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
         restart: str | None = None,
         restart_limit: RestartLimit | dict[str, Any] | None = None,
@@ -76,6 +76,7 @@ class Agents:
 
         Args:
             run: the class, or ``"module:Class"`` as the nodes can import it.
+            on_node_loss: ``restart``, ``unavailable`` or ``stop``, or ``{"policy": …, "grace_s": 30}``.
             restart_limit: more restarts than ``{"max_restarts": 3, "within_s": 60}`` and it is left alone.
             reservation: of `cluster.resources.reserve`: the agent starts on its node, and it
                 becomes the agent's share. If it has expired, or the node can't run the

@@ -33,6 +33,7 @@ from foundation_schemas import (
     AgentSpec,
     Autoscale,
     Deployment,
+    NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
     RestartLimit,
@@ -245,9 +246,7 @@ class _Parser:
         if item.get("placement") is not None:
             spec["placement"] = self._placement(item, what)
         if item.get("on_node_loss") is not None:
-            spec["on_node_loss"] = self._choice(
-                item, "on_node_loss", [policy.value for policy in OnNodeLoss]
-            )
+            spec["on_node_loss"] = self._on_node_loss(item, what)
         if item.get("restart") is not None:
             spec["restart"] = self._choice(item, "restart", RESTART_WORDS)
         if item.get("restart_limit") is not None:
@@ -274,6 +273,35 @@ class _Parser:
         if not isinstance(labels, CommentedMap):
             self._wrong(found, "labels", "keys and texts such as {zone: a}")
         return {str(key): self._text(labels, key) for key in labels}
+
+    def _on_node_loss(self, item: CommentedMap, what: str) -> str | dict[str, Any]:
+        """A word, or the word and how long the agent waits for its node first."""
+        words = [policy.value for policy in OnNodeLoss]
+        found = item["on_node_loss"]
+        if not isinstance(found, CommentedMap):
+            return self._choice(item, "on_node_loss", words)
+        self._check_keys(found, tuple(NodeLoss.model_fields), f"'on_node_loss' of {what}")
+        if found.get("policy") is None:
+            self._fail(
+                _line(item, "on_node_loss"),
+                "'on_node_loss' has no 'policy'.",
+                f"Add `policy: …`, one of {', '.join(words)}.",
+                key="on_node_loss.policy",
+            )
+        policy = self._choice(found, "policy", words)
+        grace = found.get("grace_s")
+        if grace is None:
+            return policy
+        if isinstance(grace, bool) or not isinstance(grace, int | float):
+            self._wrong(found, "grace_s", "a number of seconds")
+        if not (math.isfinite(grace) and grace > 0):
+            self._fail(
+                _line(found, "grace_s"),
+                f"'grace_s' is {grace}, not more than 0.",
+                "Leave it out to wait no time (`unavailable`: for ever).",
+                key="on_node_loss.grace_s",
+            )
+        return {"policy": policy, "grace_s": float(grace)}
 
     def _subscribe(self, item: CommentedMap) -> list[Any]:
         """Topics: texts, or keys and values; what they say is checked with the whole."""

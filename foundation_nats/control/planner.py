@@ -11,7 +11,8 @@ Rules, per agent that some deployment wants:
   deleted and is wished for again is not refused by its own old state.
 - its node is down: critical agents (or ``on_node_loss: restart``) are placed
   elsewhere at once; ``unavailable`` waits for the node for ever, ``stop`` is
-  stopped; by default it waits `unavailable_grace_s`, then it is placed.
+  stopped; by default it waits `unavailable_grace_s`, then it is placed. With a grace
+  of its own it waits that long first: where the node returns it starts there again.
 - its node lives under a newer incarnation: the activation is lost. It is placed
   anew, on the same node if that still qualifies.
 - ``starting`` for longer than `start_timeout_s`, on a node that gets nothing
@@ -74,6 +75,7 @@ from foundation_schemas import (
     AgentSpec,
     AgentStatus,
     Deployment,
+    NodeLoss,
     NodeStatus,
     OnNodeLoss,
     RecoveredFrom,
@@ -154,13 +156,45 @@ def _ids(deployment: Deployment) -> Sequence[str]:
     return _replica_ids(deployment.name, deployment.replicas)
 
 
-def effective_policy(spec: AgentSpec) -> OnNodeLoss | None:
-    """What becomes of the agent when its node is down; None: wait for a grace, then restart."""
-    if spec.on_node_loss is None and spec.critical:
-        return OnNodeLoss.RESTART
-    if spec.on_node_loss is None and spec.restart == "temporary":
-        return OnNodeLoss.STOP
-    return spec.on_node_loss
+@dataclass(frozen=True, slots=True)
+class LossRule:
+    """What becomes of an agent whose node is down."""
+
+    then: OnNodeLoss
+    """`UNAVAILABLE`: nothing, it waits for the node for ever."""
+    grace_s: float = 0.0
+    """How long it waits for the node before that."""
+
+    @property
+    def is_immediate(self) -> bool:
+        """Whether it doesn't wait for the node at all."""
+        return self.grace_s <= 0
+
+
+def loss_rule(spec: AgentSpec, default_grace_s: float) -> LossRule:
+    """What becomes of an agent of *spec* when its node is down.
+
+    Args:
+        default_grace_s: how long one waits that says nothing of it.
+    """
+    match spec.on_node_loss:
+        case None if spec.critical:
+            return LossRule(OnNodeLoss.RESTART)
+        case None if spec.restart == "temporary":
+            return LossRule(OnNodeLoss.STOP)
+        case None:
+            return LossRule(OnNodeLoss.RESTART, default_grace_s)
+        case NodeLoss(policy=OnNodeLoss.UNAVAILABLE, grace_s=grace_s):
+            return LossRule(OnNodeLoss.RESTART, grace_s)
+        case NodeLoss(policy=policy, grace_s=grace_s):
+            return LossRule(policy, grace_s)
+        case policy:
+            return LossRule(policy)
+
+
+def is_bound(spec: AgentSpec) -> bool:
+    """Whether an agent of *spec* runs on its node and nowhere else, however long that is down."""
+    return spec.on_node_loss is OnNodeLoss.UNAVAILABLE
 
 
 def plan(
@@ -384,25 +418,25 @@ class _Planner:
         view = self._nodes.get(record.node)
         if view is None or view.incarnation < record.incarnation:
             return  # our view of the nodes is behind the record
-        policy = effective_policy(deployment.spec)
+        rule = self._rule(deployment.spec)
         link = deployment.spec.parent
         follows = link is not None and link.local and self._place_of(link.id) is not None
-        if follows and policy in (None, OnNodeLoss.RESTART):
+        if follows and rule.then is OnNodeLoss.RESTART:
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
         elif is_arriving(record):
             # It was on its way there, and may as well go elsewhere: it has no home to wait for.
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
-        elif policy is OnNodeLoss.STOP:
+        elif rule.then is OnNodeLoss.STOP and rule.is_immediate:
             self._stopped_by_loss(deployment, digest, item)
         elif view.is_alive:
-            if policy is OnNodeLoss.UNAVAILABLE and view.status is not NodeStatus.UP:
-                self._mark_unavailable(item, policy)
+            if rule.then is not OnNodeLoss.RESTART and view.status is not NodeStatus.UP:
+                self._mark_unavailable(item, rule)
             else:
                 self._reopen(deployment, digest, item, Cause.NODE_RESTARTED)
-        elif policy is OnNodeLoss.RESTART:
+        elif rule.then is OnNodeLoss.RESTART and rule.is_immediate:
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
         else:
-            self._mark_unavailable(item, policy)
+            self._mark_unavailable(item, rule)
 
     def _stopped_by_loss(self, deployment: Deployment, digest: str, item: Held) -> None:
         if item.record.digest == digest:
@@ -413,22 +447,28 @@ class _Planner:
 
     def _unavailable(self, deployment: Deployment, digest: str, item: Held) -> None:
         record = item.record
-        policy = effective_policy(deployment.spec)
+        rule = self._rule(deployment.spec)
         view = None if record.node is None else self._nodes.get(record.node)
         link = deployment.spec.parent
         follows = link is not None and link.local and self._place_of(link.id) is not None
-        if record.node is None or policy is OnNodeLoss.RESTART or (follows and policy is None):
+        restarts = rule.then is OnNodeLoss.RESTART
+        if record.node is None or (restarts and (rule.is_immediate or follows)):
             self._reopen(deployment, digest, item, Cause.NODE_DOWN)
-        elif policy is OnNodeLoss.STOP:
+        elif rule.then is OnNodeLoss.STOP and rule.is_immediate:
             self._stopped_by_loss(deployment, digest, item)
         elif view is not None and view.status is NodeStatus.UP:
             self._reopen(deployment, digest, item, Cause.RETURNED)
-        elif policy is None:
-            waited = self._waited(record.id)
-            if waited >= self._config.unavailable_grace_s:
-                self._reopen(deployment, digest, item, Cause.NODE_DOWN)
-            else:
-                self._wake_in(self._config.unavailable_grace_s - waited)
+        elif rule.then is OnNodeLoss.UNAVAILABLE:
+            pass
+        elif (waited := self._waited(record.id)) < rule.grace_s:
+            self._wake_in(rule.grace_s - waited)
+        elif restarts:
+            self._reopen(deployment, digest, item, Cause.NODE_DOWN)
+        else:
+            self._stopped_by_loss(deployment, digest, item)
+
+    def _rule(self, spec: AgentSpec) -> LossRule:
+        return loss_rule(spec, self._config.unavailable_grace_s)
 
     def _look_at_unwanted(self) -> None:
         wanted = {
@@ -484,14 +524,14 @@ class _Planner:
         )
         self._commands.append(Stop(record.id, after, item.revision))
 
-    def _mark_unavailable(self, item: Held, policy: OnNodeLoss | None) -> None:
+    def _mark_unavailable(self, item: Held, rule: LossRule) -> None:
         record = item.record
         assert record.node is not None
-        how_long = (
-            "waits for its return"
-            if policy is OnNodeLoss.UNAVAILABLE
-            else f"waits {self._config.unavailable_grace_s:g} s for its return"
-        )
+        how_long = "waits for its return"
+        if rule.then is not OnNodeLoss.UNAVAILABLE:
+            how_long = f"waits {rule.grace_s:g} s for its return"
+        if rule.then is OnNodeLoss.STOP:
+            how_long += ", and is stopped then"
         after = record.model_copy(
             update={
                 "status": AgentStatus.UNAVAILABLE,
@@ -505,8 +545,8 @@ class _Planner:
             }
         )
         self._commands.append(MarkUnavailable(record.id, after, item.revision))
-        if policy is None:
-            self._wake_in(self._config.unavailable_grace_s)
+        if rule.then is not OnNodeLoss.UNAVAILABLE:
+            self._wake_in(rule.grace_s)
 
     def _quarantine(self, item: Held, why: str | None = None) -> None:
         record = item.record
@@ -564,7 +604,7 @@ class _Planner:
                     )
                 if cause is not Cause.NODE_DOWN:
                     prefer = record.node
-                    if effective_policy(deployment.spec) is OnNodeLoss.UNAVAILABLE:
+                    if self._rule(deployment.spec).then is not OnNodeLoss.RESTART:
                         only = record.node
             case Cause.RESTARTED | Cause.RETRY | Cause.LATE:
                 if home is not None:

@@ -36,7 +36,7 @@ from enum import StrEnum
 
 from foundation_nats.cluster.registry import Held
 from foundation_nats.cluster.view import NodeView
-from foundation_nats.control.planner import History, effective_policy
+from foundation_nats.control.planner import History, is_bound
 from foundation_nats.placement.constraints import Tally, Usage, crowded, full, needs, unfit
 from foundation_nats.placement.place import Placement, Placer, Wanted
 from foundation_nats.placement.score import LoadSteps, counted
@@ -47,7 +47,6 @@ from foundation_schemas import (
     AgentStatus,
     Deployment,
     NodeStatus,
-    OnNodeLoss,
 )
 
 BUDGET = 1000
@@ -181,7 +180,7 @@ class _Rebalancer:
         movable = _BY_LOAD | {Strategy.CONSISTENT_HASH}
         if spec.placement.strategy not in movable:
             return
-        if effective_policy(spec) is OnNodeLoss.UNAVAILABLE:
+        if is_bound(spec):
             return
         digest = history.digest(deployment)
         found = False
@@ -579,7 +578,7 @@ def drain_moves(
     moves: list[Move] = []
     stuck: dict[str, Mapping[str, str]] = {}
     for deployment in sorted(desired.values(), key=lambda d: (not d.spec.critical, d.name)):
-        pinned = effective_policy(deployment.spec) is OnNodeLoss.UNAVAILABLE
+        pinned = is_bound(deployment.spec)
         for agent in deployment.agent_ids():
             item = held.get(agent)
             if item is None or item.record.node != node or item.record.desired != "run":

@@ -9,6 +9,7 @@ and outbox are one value, so they change together or not at all.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -39,6 +40,15 @@ class OnNodeLoss(StrEnum):
     RESTART = "restart"
     UNAVAILABLE = "unavailable"
     STOP = "stop"
+
+
+class NodeLoss(WireModel):
+    """`OnNodeLoss`, and for how long the agent waits for its node before that."""
+
+    policy: OnNodeLoss
+    grace_s: float = Field(gt=0)
+    """If the node returns within it, the agent starts there again. After it: `restart` and
+    `unavailable` start it elsewhere, `stop` stops it. Without a grace `unavailable` waits for ever."""
 
 
 def _checked_expression(text: str) -> str:
@@ -169,7 +179,7 @@ class AgentSpec(WireModel):
     resources: dict[str, float] = Field(default_factory=dict)
     """What it needs of its node; ``slots`` is 1 unless said otherwise."""
     placement: PlacementPolicy = PlacementPolicy()
-    on_node_loss: OnNodeLoss | None = None
+    on_node_loss: OnNodeLoss | NodeLoss | None = None
     """None: `restart` for critical agents, else `unavailable` for a grace and then `restart`."""
     config: dict[str, Any] = Field(default_factory=dict)
     restart: str = "permanent"
@@ -189,6 +199,13 @@ class AgentSpec(WireModel):
     def _topics(cls, value: Any) -> Any:
         if isinstance(value, list):
             return [{"topic": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("on_node_loss", mode="before")
+    @classmethod
+    def _plain_policy(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and set(value) == {"policy"}:
+            return value["policy"]
         return value
 
     @field_validator("run")

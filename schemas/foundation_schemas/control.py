@@ -12,6 +12,7 @@ from pydantic import Field
 from foundation_schemas.agent import (
     AgentRecord,
     AgentStatus,
+    NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
     RestartLimit,
@@ -102,7 +103,7 @@ class ClassInfo(WireModel):
     placement: PlacementPolicy | None = None
     restart: str | None = None
     restart_limit: RestartLimit | None = None
-    on_node_loss: OnNodeLoss | None = None
+    on_node_loss: OnNodeLoss | NodeLoss | None = None
 
 
 class ValidateReply(WireModel):

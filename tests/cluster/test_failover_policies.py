@@ -8,6 +8,7 @@ import pytest
 
 from foundation_cli.doctor import check_brake
 from foundation_cli.status import brake_text, overview
+from foundation_nats.api.refs import AgentInfo
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import encode
 from foundation_nats.errors import ConflictError
@@ -46,6 +47,73 @@ async def test_an_agent_that_never_starts_is_quarantined_and_can_be_released() -
         # A spec that works ends it, too.
         await cluster.agents.start("fleet:Picky", id="ill", config={"version": 2}, timeout=20)
         assert await cluster.ask("ill", "version") == "2"
+
+
+async def lost(nodes: TestCluster, *agents: tuple[str, object]) -> str:
+    """Start agents of these ids and policies on a node that doesn't lead, and kill it; its name."""
+    cluster = nodes.client
+    lease = await eventually(cluster.leader, message="somebody leads")
+    await cluster.nodes.cordon(lease.holder)
+    for id, policy in agents:
+        await cluster.agents.start("fleet:Counter", id=id, on_node_loss=policy)
+        await cluster.send(id, "counter.add", {"amount": 3})
+    await cluster.nodes.uncordon(lease.holder)
+    (victim,) = {info.node for info in await cluster.agents.list()}
+    assert victim is not None
+    nodes.nodes[victim].kill_all()
+    return victim
+
+
+async def reaches(nodes: TestCluster, id: str, status: str) -> AgentInfo:
+    """Wait until the agent is so."""
+
+    async def is_so() -> AgentInfo | None:
+        info = await nodes.client.agents.get(id)
+        return info if info.status == status else None
+
+    return await eventually(is_so, timeout=20, message=f"{id} is {status}")
+
+
+async def test_an_agent_is_stopped_with_its_node_at_once_or_after_a_grace() -> None:
+    """It runs nowhere else and says why; its neighbour with another policy is started elsewhere."""
+    policies = (
+        ("at-once", "stop"),
+        ("later", {"policy": "stop", "grace_s": 1.5}),
+        ("elsewhere", {"policy": "unavailable", "grace_s": 1.0}),
+    )
+    async with TestCluster(nodes=2, path=[str(AGENTS)]) as nodes:
+        victim = await lost(nodes, *policies)
+        info = await reaches(nodes, "at-once", "stopped")
+        assert info.node is None
+        assert f"node {victim} is down, and on_node_loss is stop" in (info.reason or "")
+        waiting = await reaches(nodes, "later", "unavailable")
+        assert "waits 1.5 s for its return, and is stopped then" in (waiting.reason or "")
+        assert (await reaches(nodes, "later", "stopped")).node is None
+        info = await reaches(nodes, "elsewhere", "running")
+        assert info.node not in (None, victim)
+        assert await nodes.client.ask("elsewhere", "counter.get") == 3
+        # A node of that name does not bring back what was stopped with it.
+        nodes.start_node(victim)
+        await nodes.wait_up([victim])
+        assert (await nodes.client.agents.get("at-once")).status == "stopped"
+
+
+async def test_a_node_that_returns_within_the_grace_gets_its_agent_back() -> None:
+    """Where it was, with its state, although it would have been stopped, or placed elsewhere, later."""
+    policies = (
+        ("stops", {"policy": "stop", "grace_s": 60}),
+        ("waits", {"policy": "restart", "grace_s": 60}),
+    )
+    async with TestCluster(nodes=2, path=[str(AGENTS)]) as nodes:
+        victim = await lost(nodes, *policies)
+        for id, _ in policies:
+            await reaches(nodes, id, "unavailable")
+        nodes.start_node(victim)
+        for id, _ in policies:
+            info = await reaches(nodes, id, "running")
+            assert info.node == victim
+            assert info.recovered_from is not None
+            assert await nodes.client.ask(id, "counter.get") == 3
 
 
 async def test_a_node_that_flaps_gets_agents_only_if_no_other_can() -> None:

@@ -15,6 +15,7 @@ from foundation_nats.placement.strategies import STRATEGIES
 from foundation_schemas import (
     AgentSpec,
     Deployment,
+    NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
     Spread,
@@ -245,7 +246,13 @@ def deployments(draw: st.DrawFn) -> Deployment:
                 max_per_node=draw(st.none() | st.integers(1, 9)),
                 labels=draw(st.dictionaries(names, texts, max_size=2)),
             ),
-            on_node_loss=draw(st.none() | st.sampled_from(list(OnNodeLoss))),
+            on_node_loss=draw(
+                st.none()
+                | st.sampled_from(list(OnNodeLoss))
+                | st.builds(
+                    NodeLoss, policy=st.sampled_from(list(OnNodeLoss)), grace_s=st.floats(0.1, 1e6)
+                )
+            ),
             config=draw(st.dictionaries(texts, json_values, max_size=3)),
             restart=draw(st.sampled_from(["permanent", "transient", "temporary"])),
         ),
@@ -257,3 +264,38 @@ def deployments(draw: st.DrawFn) -> Deployment:
 def test_what_is_exported_reads_back(deployment: Deployment) -> None:
     """Every wish survives the way through YAML."""
     assert parse(export([deployment])) == [deployment]
+
+
+def loss(text: str) -> str:
+    """A manifest whose agent says this of the loss of its node."""
+    return f"version: 1\nagents:\n  - name: a\n    run: m:C\n    on_node_loss: {text}\n"
+
+
+def test_the_loss_of_a_node_may_have_a_grace() -> None:
+    """A word, or the word and the seconds; and back again."""
+    (found,) = parse(loss("{policy: stop, grace_s: 5}"))
+    assert found.spec.on_node_loss == NodeLoss(policy=OnNodeLoss.STOP, grace_s=5)
+    assert parse(export([found])) == [found]
+    (plain,) = parse(loss("{policy: stop}"))
+    assert plain.spec.on_node_loss is OnNodeLoss.STOP
+    assert "on_node_loss: stop" in export([plain])
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "hint"),
+    [
+        ("{policy: stopp, grace_s: 5}", "'policy' is 'stopp'", "'stop'"),
+        ("{grace_s: 5}", "has no 'policy'", "restart, unavailable, stop"),
+        ("{policy: stop, grace: 5}", "unknown key 'grace'", "grace_s"),
+        ("{policy: stop, grace_s: soon}", "'grace_s' is the text 'soon'", ""),
+        ("{policy: stop, grace_s: 0}", "not more than 0", "Leave it out"),
+        ("[stop]", "'on_node_loss'", ""),
+    ],
+)
+def test_a_wrong_grace_is_named(text: str, says: str, hint: str) -> None:
+    """With its line and what would be right."""
+    with pytest.raises(ManifestError) as caught:
+        parse(loss(text))
+    assert says in caught.value.message
+    assert "line 5" in caught.value.message
+    assert hint in (caught.value.hint or "")

@@ -34,6 +34,7 @@ from foundation_schemas import (
     AgentStatus,
     Deployment,
     Load,
+    NodeLoss,
     NodeRecord,
     NodeStatus,
     OnNodeLoss,
@@ -169,6 +170,9 @@ class Case:
 
 DOWN = cluster(node("n0", NodeStatus.DOWN), node("n1"))
 BACK = cluster(node("n0", incarnation=INCARNATION + 1), node("n1"))
+GRACE_RESTART = {"on_node_loss": {"policy": "restart", "grace_s": 7}}
+GRACE_UNAVAILABLE = {"on_node_loss": {"policy": "unavailable", "grace_s": 7}}
+GRACE_STOP = {"on_node_loss": {"policy": "stop", "grace_s": 7}}
 CASES = {
     "critical, node down": Case({"critical": True}, {}, DOWN, Assign, Cause.NODE_DOWN, "n1"),
     "restart, node down": Case(
@@ -203,6 +207,38 @@ CASES = {
         "n0",
     ),
     "default, returned": Case({}, {"status": S.UNAVAILABLE}, BACK, Assign, Cause.RETURNED, "n0"),
+    "restart after a grace": Case(GRACE_RESTART, {}, DOWN, MarkUnavailable),
+    "restart, grace over": Case(
+        GRACE_RESTART, {"status": S.UNAVAILABLE}, DOWN, Assign, Cause.NODE_DOWN, "n1", 7
+    ),
+    "critical, but with a grace": Case(
+        {"critical": True, **GRACE_RESTART}, {"status": S.UNAVAILABLE}, DOWN, None, waited=6
+    ),
+    "unavailable for a grace": Case(GRACE_UNAVAILABLE, {}, DOWN, MarkUnavailable),
+    "unavailable, within its grace": Case(
+        GRACE_UNAVAILABLE, {"status": S.UNAVAILABLE}, DOWN, None, waited=6
+    ),
+    "unavailable, grace over": Case(
+        GRACE_UNAVAILABLE, {"status": S.UNAVAILABLE}, DOWN, Assign, Cause.NODE_DOWN, "n1", 7
+    ),
+    "unavailable, back within its grace": Case(
+        GRACE_UNAVAILABLE, {"status": S.UNAVAILABLE}, BACK, Assign, Cause.RETURNED, "n0", 6
+    ),
+    "stop after a grace": Case(GRACE_STOP, {}, DOWN, MarkUnavailable),
+    "stop, within its grace": Case(GRACE_STOP, {"status": S.UNAVAILABLE}, DOWN, None, waited=6),
+    "stop, grace over": Case(GRACE_STOP, {"status": S.UNAVAILABLE}, DOWN, MarkStopped, waited=7),
+    "stop, back within its grace": Case(
+        GRACE_STOP, {"status": S.UNAVAILABLE}, BACK, Assign, Cause.RETURNED, "n0", 6
+    ),
+    "stop after a grace, node restarted": Case(
+        GRACE_STOP, {}, BACK, Assign, Cause.NODE_RESTARTED, "n0"
+    ),
+    "stop after a grace, node back and leaving": Case(
+        GRACE_STOP,
+        {},
+        cluster(node("n0", NodeStatus.DRAINING, INCARNATION + 1), node("n1")),
+        MarkUnavailable,
+    ),
     "starting in time": Case({}, {"status": S.STARTING}, cluster(), None, waited=29),
     "starting too long": Case({}, {"status": S.STARTING}, cluster(), Stop, waited=30),
     "starting too long, told to stop": Case(
@@ -474,7 +510,11 @@ def worlds(draw: st.DrawFn) -> World:
             name,
             draw(st.sampled_from([None, 0, 1, 3, 6])),
             critical=draw(st.booleans()),
-            on_node_loss=draw(st.sampled_from([None, *OnNodeLoss])),
+            on_node_loss=draw(
+                st.sampled_from(
+                    [None, *OnNodeLoss, *(NodeLoss(policy=p, grace_s=20) for p in OnNodeLoss)]
+                )
+            ),
             restart=draw(st.sampled_from(["permanent", "transient", "temporary"])),
             placement={"strategy": draw(st.sampled_from(["load_balanced", "spread", "pack"]))},
         )
@@ -710,3 +750,20 @@ def test_a_deployment_is_settled_only_when_all_of_it_is_true() -> None:
     records[-1:] = []
     records[0] = record(wished, "a-0", digest="old")
     assert not deployment_status(wished, [Held(item, 1) for item in records]).settled
+
+
+def test_a_grace_changes_the_digest_and_its_absence_does_not() -> None:
+    """What is written as a mapping without a grace is the plain word: no agent is restarted for it."""
+    plain = wish(on_node_loss="stop").spec
+    assert wish(on_node_loss={"policy": "stop"}).spec == plain
+    assert plain.digest() == "569399238057"
+    assert wish(on_node_loss={"policy": "stop", "grace_s": 7}).spec.digest() != plain.digest()
+
+
+def test_an_agent_that_waits_says_for_how_long_and_what_comes_then() -> None:
+    """And the next look is at the end of the grace."""
+    found = planned([wish(**GRACE_STOP)], [record(wish(**GRACE_STOP))], DOWN)
+    assert only(found).record.reason == (
+        "node n0 is down; waits 7 s for its return, and is stopped then"
+    )
+    assert found.next_wake_s == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,12 +18,13 @@ from foundation_nats.base import failpoint
 from foundation_nats.bus.rpc import error_body
 from foundation_nats.config import Config, ControlConfig
 from foundation_nats.control import pacing
+from foundation_nats.control.declaring import declared
 from foundation_nats.control.trust import is_flapping
 from foundation_nats.errors import ConfigError, FoundationError, StateInvalidError, error_from_wire
 from foundation_nats.node.trimmer import Consumed, Mark, trim_to
 from foundation_nats.observe.filters import parse
 from foundation_nats.signaling.envelope import emitted_id, message_id, traceparent_for
-from foundation_schemas import RecoveredFrom
+from foundation_schemas import AgentSpec, Deployment, NodeLoss, OnNodeLoss, RecoveredFrom
 
 
 def every_error(root: type[FoundationError] = FoundationError) -> list[type[FoundationError]]:
@@ -285,3 +287,19 @@ def test_how_fast_agents_are_given_out(left: float, alive: int, most: int, pause
 def test_whether_a_node_flaps(short_lives: int, lived_s: float | None, flaps: bool) -> None:
     """By its short lives in a row, until it has been stable."""
     assert is_flapping(short_lives, lived_s, ControlConfig()) is flaps
+
+
+class Patient(Agent):
+    """Waits for its node for a while."""
+
+    on_node_loss: ClassVar[Any] = {"policy": "stop", "grace_s": 5}
+
+
+def test_a_class_says_what_becomes_of_it_when_its_node_is_lost() -> None:
+    """With a grace; what the wish says goes before."""
+    said = describe(f"{__name__}:Patient").on_node_loss
+    assert said == NodeLoss(policy=OnNodeLoss.STOP, grace_s=5)
+    wish = Deployment(name="a", spec=AgentSpec(run="m:C"))
+    assert declared(wish, describe(f"{__name__}:Patient")).spec.on_node_loss == said
+    wish = Deployment(name="a", spec=AgentSpec(run="m:C", on_node_loss="restart"))
+    assert declared(wish, describe(f"{__name__}:Patient")).spec.on_node_loss is OnNodeLoss.RESTART
