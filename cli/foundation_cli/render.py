@@ -243,6 +243,11 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{codes[style]}m{text}\x1b[0m" if style in codes else text
 
 
+def style_of(word: str) -> str:
+    """The style of a status, for rich; empty for other words."""
+    return _STYLES.get(word, "")
+
+
 def status_word(word: str) -> str:
     """A status in its colour."""
     return styled(clean(word), _STYLES.get(word, ""))

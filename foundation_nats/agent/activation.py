@@ -151,6 +151,7 @@ class Activation:
         "_kind",
         "_waiting",
         "agent",
+        "asked",
         "behind",
         "cautious",
         "checked",
@@ -236,6 +237,8 @@ class Activation:
         self.cursor = cursor
         """The last handled signal; what is committed may lie behind."""
         self.committed_cursor = cursor
+        self.asked = 0
+        """Questions that it has begun to answer."""
         self.consumed = 0
         """Signals that this activation has handled or given up."""
         self.mark = mark
@@ -945,6 +948,7 @@ class Activation:
         if not self.runtime.is_valid() or self.starting:
             self._refuse(item.reply)
             return
+        self.asked += 1
         try:
             body = orjson.loads(item.data)
             Envelope.model_validate(body)

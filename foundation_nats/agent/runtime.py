@@ -76,11 +76,13 @@ from foundation_nats.errors import (
     StateInvalidError,
 )
 from foundation_nats.node.blackbox import STARTING, importing
+from foundation_nats.node.busiest import Counted, Looks
 from foundation_nats.node.hosting import HostContext, mark
 from foundation_schemas import (
     AgentRecord,
     AgentReport,
     AgentStatus,
+    BusiestReply,
     ClassInfo,
     ClusterEvent,
     DeploymentMeasure,
@@ -141,6 +143,7 @@ class Runtime:
         )
         self._nursery = WishingNursery(host.bus, host.subjects, self.is_valid, describe)
         self._activations: dict[str, Activation] = {}
+        self._looks = Looks()
         self._fingerprint = 0
         self._claiming: dict[str, int] = {}
         """Agent to the epoch under which it is being claimed; 0: told to stop meanwhile."""
@@ -291,6 +294,14 @@ class Runtime:
             name: _measured(found.get(name, []), sleeping.get(name, 0))
             for name in found.keys() | sleeping.keys()
         }
+
+    def busiest(self, limit: int) -> BusiestReply:
+        """Which agents have most to do; see `node/busiest.py`."""
+        counted = [
+            Counted(item.id, item.consumed, item.asked, item.backlog, item.behind)
+            for item in self._activations.values()
+        ]
+        return self._looks.look(monotonic(), counted, limit)
 
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Committed cursors that moved since the last call, and the signals consumed so far."""

@@ -28,6 +28,8 @@ from foundation_nats.base.docs import schema_of
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.control.manifest_schema import manifest_schema
 from foundation_schemas import (
+    BusiestReply,
+    BusiestRequest,
     ClusterEvent,
     DeadLetter,
     DomainEntry,
@@ -265,6 +267,14 @@ def channels() -> list[Channel]:
             _ANY,
             "nothing",
             reply=Heartbeat,
+        ),
+        Channel(
+            "nodeBusiest",
+            s.control_node("{node}", "busiest"),
+            "Which agents of the node have most to do?",
+            BusiestRequest,
+            "busiest",
+            reply=BusiestReply,
         ),
         Channel(
             "nodeValidate",

@@ -17,7 +17,13 @@ from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.validity import Validity
 from foundation_nats.config import Config
 from foundation_nats.node.blackbox import BlackBox
-from foundation_schemas import AgentRecord, AgentReport, ClassInfo, DeploymentMeasure
+from foundation_schemas import (
+    AgentRecord,
+    AgentReport,
+    BusiestReply,
+    ClassInfo,
+    DeploymentMeasure,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,9 @@ class Workload(Protocol):
 
     def measure(self, deployments: Collection[str]) -> dict[str, DeploymentMeasure]:
         """What the replicas of these deployments have to do, of those in memory."""
+
+    def busiest(self, limit: int) -> BusiestReply:
+        """Which agents have most to do, and how much all do a second since the last call."""
 
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Agent to (cursor, signals consumed) where they moved since the last call, for trimming."""

@@ -48,6 +48,7 @@ from foundation_nats.errors import (
     FoundationError,
 )
 from foundation_nats.node.blackbox import Suspect, importing
+from foundation_nats.node.busiest import together
 from foundation_nats.node.capacity import detected
 from foundation_nats.node.host import Host
 from foundation_nats.node.preparing import discard
@@ -61,6 +62,8 @@ from foundation_nats.signaling.timekeeper import Timekeeper
 from foundation_schemas import (
     AgentRecord,
     BrakeReply,
+    BusiestReply,
+    BusiestRequest,
     ClassInfo,
     DeploymentMeasure,
     Heartbeat,
@@ -250,6 +253,7 @@ class NodeManager:
         verbs = {
             "inspect": self._inspect,
             "measure": self._measure,
+            "busiest": self._busiest,
             "validate": self._validate,
             "heartbeat": self._heartbeat,
             "force_failover": self._force_failover,
@@ -442,6 +446,20 @@ class NodeManager:
                     gauges=gauges,
                 )
         return MeasureReply(deployments=sums, cpu=self._load().cpu)
+
+    async def _busiest(self, data: bytes) -> WireModel:
+        """Of all workers that answer in time."""
+        assert self._bus is not None
+        bus, request = self._bus, rpc.decode(BusiestRequest, data)
+
+        async def ask(worker: str) -> BusiestReply | None:
+            subject = self._subjects.control_worker(worker, "busiest")
+            with contextlib.suppress(FoundationError):
+                return await rpc.call(bus, subject, request, BusiestReply, timeout=0.5)
+            return None
+
+        told = await asyncio.gather(*map(ask, self._workers.ready()))
+        return together([reply for reply in told if reply is not None], request.limit)
 
     async def _reload(self, data: bytes) -> WireModel:
         """New workers with the code as it is now; nothing changes if that can't be imported."""

@@ -32,6 +32,7 @@ from foundation_nats.node.preparing import carry_out
 from foundation_nats.node.watchdog import Blocked, Watchdog
 from foundation_schemas import (
     AgentReport,
+    BusiestRequest,
     InspectReply,
     Load,
     MeasureReply,
@@ -114,6 +115,7 @@ class Worker:
             "stop": self._stop,
             "inspect": self._inspect,
             "measure": self._measure,
+            "busiest": self._busiest,
             "validate": self._validate,
             "ping": self._ping,
         }
@@ -190,6 +192,9 @@ class Worker:
     async def _measure(self, data: bytes) -> WireModel:
         request = rpc.decode(MeasureRequest, data)
         return MeasureReply(deployments=self._workload.measure(frozenset(request.deployments)))
+
+    async def _busiest(self, data: bytes) -> WireModel:
+        return self._workload.busiest(rpc.decode(BusiestRequest, data).limit)
 
     async def _validate(self, data: bytes) -> WireModel:
         request = rpc.decode(ValidateRequest, data)

@@ -28,8 +28,11 @@ from foundation_schemas.agent import (
 from foundation_schemas.base import WIRE_VERSION, WireModel, check_name, is_name
 from foundation_schemas.consensus import DomainEntry, DomainRecent, DomainSnapshot
 from foundation_schemas.control import (
+    AgentLoad,
     AgentReport,
     BrakeReply,
+    BusiestReply,
+    BusiestRequest,
     ClassInfo,
     DeploymentMeasure,
     ErrorBody,
@@ -98,6 +101,7 @@ from foundation_schemas.upkeep import Cordon, PlannedMove, RebalanceRecord
 
 __all__ = [
     "WIRE_VERSION",
+    "AgentLoad",
     "AgentRecord",
     "AgentReport",
     "AgentSpec",
@@ -108,6 +112,8 @@ __all__ = [
     "Ballot",
     "BarrierRecord",
     "BrakeReply",
+    "BusiestReply",
+    "BusiestRequest",
     "ChildRecord",
     "ChildStatus",
     "ClassInfo",

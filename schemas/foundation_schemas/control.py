@@ -18,7 +18,7 @@ from foundation_schemas.agent import (
     RestartLimit,
     Subscription,
 )
-from foundation_schemas.base import NodeId, WireModel
+from foundation_schemas.base import AgentId, NodeId, WireModel
 from foundation_schemas.lease import LeaseRecord
 from foundation_schemas.node import Load
 
@@ -192,6 +192,36 @@ class BrakeReply(WireModel):
     """… which ends by itself in so many seconds; None: it doesn't hold anything."""
     paced_for_s: float | None = None
     """For so long agents are still given out slowly; None: as fast as usual."""
+
+
+class BusiestRequest(WireModel):
+    """Which of your agents have most to do?"""
+
+    limit: int = Field(default=20, ge=0, le=1000)
+
+
+class AgentLoad(WireModel):
+    """How busy one agent is."""
+
+    id: AgentId
+    backlog: int = 0
+    """Signals and questions in memory, not yet handled."""
+    behind: bool = False
+    """There is more, in the stream."""
+    handled_s: float | None = None
+    """Signals a second since somebody last asked; None: nobody did, lately."""
+    asked_s: float | None = None
+    """Questions a second."""
+
+
+class BusiestReply(WireModel):
+    """The agents of a node or worker with the longest backlog and those that handle most."""
+
+    agents: list[AgentLoad] = Field(default_factory=list)
+    handled_s: float | None = None
+    """Signals a second, of all its agents."""
+    asked_s: float | None = None
+    """Questions a second, of all its agents."""
 
 
 class MeasureRequest(WireModel):

@@ -1,0 +1,58 @@
+"""Commands that look on: `top`, `history`, `replay`, `dashboard`, against one running cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foundation_cli import top
+from foundation_nats.api.pulse import Pulses
+from foundation_nats.testing import eventually
+from tests.cli.test_cli_nodes import running
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
+
+
+async def test_top_names_who_is_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An agent that does not keep up, one that is asked, and what they do in a second."""
+    async with running(tmp_path) as (cluster, shell):
+        client = cluster.client
+        await client.agents.start("fleet:Slow", id="slow")
+        await client.agents.start("fleet:Counter", id="quick")
+        pulses = Pulses(client)
+        assert (await pulses.next()).rates.stored is None
+        for _ in range(20):
+            await client.send("slow", "slow.work", {"seconds": 30})
+
+        async def busy() -> bool:
+            await client.ask("quick", "counter.add", {"amount": 1})
+            pulse = await pulses.next()
+            agents = {item.id: item for item in pulse.busiest}
+            return (
+                agents.get("slow") is not None
+                and agents["slow"].backlog >= 19
+                and agents["slow"].node == "n1"
+                and agents.get("quick") is not None
+                and (agents["quick"].asked_s or 0) > 0
+                and (pulse.rates.commits or 0) > 0
+            )
+
+        await eventually(busy, timeout=10, message="both are named")
+        code, out, err = await shell.run("top", "--count", "2", "--every", "300ms", "-o", "json")
+        assert code == 0, err
+        for document in map(json.loads, out.splitlines()):
+            assert document["schema"] == "foundation/v1/top"
+            assert document["nodes"][0]["name"] == "n1"
+            assert document["agents"]["running"] == 2
+            assert document["busiest"][0]["id"] == "slow"
+            assert document["rates"]["stored"] is not None
+            assert {item["name"] for item in document["deployments"]} == {"slow", "quick"}
+        assert len(out.splitlines()) == 2
+        last = top.as_document(await pulses.next())
+        top._print(last, [1.0])
+        text = capsys.readouterr().out
+        assert "HANDLED/S" in text
+        assert "slow" in text
+        assert "\x1b" not in text
