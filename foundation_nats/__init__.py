@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from foundation_nats.agent.actions import Action, ActionContext, action
     from foundation_nats.agent.agent import Agent, subscribe
     from foundation_nats.agent.context import Context
     from foundation_nats.agent.handling import on
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Action": "foundation_nats.agent.actions",
+    "ActionContext": "foundation_nats.agent.actions",
     "Agent": "foundation_nats.agent.agent",
     "AgentInfo": "foundation_nats.api.refs",
     "AgentRef": "foundation_nats.api.refs",
@@ -43,12 +46,15 @@ _HOMES = {
     "Signal": "foundation_nats.agent.signal",
     "State": "foundation_nats.agent.state",
     "Target": "foundation_schemas",
+    "action": "foundation_nats.agent.actions",
     "migrates": "foundation_nats.agent.state",
     "on": "foundation_nats.agent.handling",
     "subscribe": "foundation_nats.agent.agent",
 }
 
 __all__ = [
+    "Action",
+    "ActionContext",
     "Agent",
     "AgentInfo",
     "AgentRef",
@@ -67,6 +73,7 @@ __all__ = [
     "Signal",
     "State",
     "Target",
+    "action",
     "migrates",
     "on",
     "subscribe",

@@ -34,6 +34,7 @@
     │   ├── NodeNotFoundError
     │   ├── DeploymentNotFoundError
     │   ├── DeadLetterNotFoundError
+    │   ├── ActionNotFoundError         the agent has no action of that name
     │   └── DomainNotFoundError
     ├── DomainError                     a replicated domain can't be used: damaged, or of a newer version
     │   └── DomainFullError             retryable   not applied     its log can't be compacted
@@ -57,6 +58,11 @@
     │   ├── StepInDoubtError            a step of `ctx.once` may have been done: a person decides
     │   ├── StepNotDoneError            raised by a step of `ctx.once`: surely nothing has happened
     │   ├── StepTooLargeError           a step of `ctx.once` is done; its result could not be kept
+    │   ├── ActionError                 an action has failed, for the last time
+    │   │   ├── ActionInvalidError      its params or its result do not fit
+    │   │   ├── PlanFailedError         a step of a plan has failed; those before it are undone
+    │   │   └── BudgetError             a loop with a model has used up its rounds or tokens
+    │   ├── TransitionError             not applied     the state machine has no such transition now
     │   ├── ProcessCrashedError         outcome UNKNOWN: what `ctx.run_process` ran has ended its process
     │   ├── SensorError                 a sensor can't sense, or its signals can't be stored now
     │   ├── StateTooLargeError
@@ -286,6 +292,12 @@ class DeadLetterNotFoundError(NotFoundError):
     code = "not_found.dead_letter"
 
 
+class ActionNotFoundError(NotFoundError):
+    """The agent has no action of this name."""
+
+    code = "not_found.action"
+
+
 class DomainNotFoundError(NotFoundError):
     """There is no replicated domain of this name."""
 
@@ -431,6 +443,36 @@ class StepTooLargeError(AgentError):
     """A step of `ctx.once` is done, but what it returned is too large to be kept; not tried again."""
 
     code = "agent.step_too_large"
+
+
+class ActionError(AgentError):
+    """An action has failed, and is not tried again by itself; `details["action"]` names it."""
+
+    code = "agent.action"
+
+
+class ActionInvalidError(ActionError):
+    """The params or the result of an action do not fit; `details["errors"]` says where."""
+
+    code = "agent.action_invalid"
+
+
+class PlanFailedError(ActionError):
+    """A step of a plan has failed, and all before it are undone; not tried again for the same signal."""
+
+    code = "agent.plan_failed"
+
+
+class BudgetError(ActionError):
+    """A loop with a model has used up its rounds or its tokens; not tried again."""
+
+    code = "agent.budget"
+
+
+class TransitionError(AgentError):
+    """The state machine has no such transition in the state it is in, or a guard refused; nothing changed."""
+
+    code = "agent.transition"
 
 
 class ProcessCrashedError(AgentError):

@@ -18,6 +18,13 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 
+from foundation_nats.agent.actions.catalogue import (
+    CATALOGUE,
+    INSTRUCTION,
+    action_handlings,
+    actions_of,
+    run_instruction,
+)
 from foundation_nats.agent.context import Context, Emission, as_target, checked_type, freeze
 from foundation_nats.agent.directives import DIRECTIVE, Directive, apply, execute
 from foundation_nats.agent.family import Supervision
@@ -81,6 +88,8 @@ class Agent:
     """Topics whose signals it is sent; see `subscribe`."""
     skills: ClassVar[typing.Sequence[Skill]] = ()
     """Parts that bring state, handlers, actions and sensors of their own; see `Skill`."""
+    actions: ClassVar[typing.Sequence[Any]] = ()
+    """What it can do by name, for ``action.NAME`` signals and as tools; see `Action`."""
     middleware: ClassVar[typing.Sequence[Middleware]] = ()
     """What stands around its handlers, the first outermost; see `Middleware`."""
     sensors: ClassVar[typing.Sequence[Sensor]] = ()
@@ -137,7 +146,7 @@ class Agent:
 
     @classmethod
     def _foundation_more(cls) -> list[Handling]:
-        return skill_handlings(cls.skills)
+        return [*skill_handlings(cls.skills), *action_handlings(cls)]
 
     def __init__(self) -> None:
         """Take no arguments: configuration is in `self.config`, state in `self.state`."""
@@ -236,6 +245,18 @@ class Agent:
         """One of its own orders about a child."""
         await carry_out(self, signal.data)
 
+    @on(INSTRUCTION)
+    async def _on_instruction(self, signal: Signal[Any]) -> None:
+        """One of its own `RunInstruction`."""
+        await run_instruction(self, signal.data)
+
+    @on(CATALOGUE)
+    async def _on_catalogue(self, signal: Signal[Any]) -> list[dict[str, Any]]:
+        """What it can do, as tools."""
+        from foundation_nats.agent.tools import catalogue
+
+        return [tool.model_dump(mode="json") for tool in catalogue(type(self))]
+
     @on("foundation.step.resolve")
     async def _on_step_resolve(self, signal: Signal[Verdict]) -> dict[str, Any]:
         """A person has found out about a step in doubt."""
@@ -277,7 +298,11 @@ def provided(cls: type[Agent]) -> list[str]:
     Raises:
         ConfigError: one of them is no valid name.
     """
-    declared = [cls.capabilities, *(skill.capabilities for skill in cls.skills)]
+    declared = [
+        cls.capabilities,
+        *(skill.capabilities for skill in cls.skills),
+        list(actions_of(cls)),
+    ]
     names = sorted({n for item in declared for n in ([item] if isinstance(item, str) else item)})
     for name in names:
         if not is_name(name):

@@ -39,6 +39,7 @@ from foundation_schemas.base import check_name
 
 if typing.TYPE_CHECKING:
     from foundation_nats.agent.kin import Nursery, Parent
+    from foundation_nats.agent.owner import AnyAgent
     from foundation_nats.agent.sensors.sensor import Sensor
     from foundation_nats.bus.connection import Bus
     from foundation_nats.bus.subjects import Subjects
@@ -81,6 +82,7 @@ class Context:
     """What a handler may know and call besides its state."""
 
     __slots__ = (
+        "_agent",
         "_emissions",
         "_family",
         "_family_kept",
@@ -91,6 +93,7 @@ class Context:
         "_link",
         "_nursery",
         "_offload",
+        "_runs",
         "_sensor_orders",
         "_stop_reason",
         "_supervision",
@@ -118,6 +121,8 @@ class Context:
         """The signal in hand."""
         self._emissions: list[Emission] = []
         self._keys = 0
+        self._agent: AnyAgent | None = None
+        self._runs: dict[str, int] | None = None
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
         self._guards: Guards | None = None
@@ -222,6 +227,29 @@ class Context:
         step = resolve(home.steps, key, signal, done=done, result=result)
         await home.store_steps()
         return step.encoded()
+
+    async def run(self, what: Any, params: Any = None) -> Any:
+        """Run an action within the handler in hand: ``await self.ctx.run(Refund, {"amount": 5})``.
+
+        Params and result are validated, and it is tried again as the action says. What it changes and
+        emits is part of this handler's commit. Its steps (``ctx.once``) are steps of the signal in hand:
+        the handler must run the same actions in the same order when it is tried again.
+
+        Args:
+            what: an `Action` (the class, or an instance), a `Plan`, an `Instruction`, or the name of
+                one of this agent's actions.
+
+        Raises:
+            ActionInvalidError: params or result don't fit.
+            ActionNotFoundError: there is no action of that name.
+            PlanFailedError: a step of the plan has failed, and all before it is undone.
+            ActionError: the action has failed for the last time.
+        """
+        from foundation_nats.agent.actions.running import run_in
+
+        if self._agent is None:
+            raise ConfigError("an action can only be run by a handler; elsewhere take `run_action`")
+        return await run_in(self, self._agent, what, params)
 
     async def run_blocking(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a blocking function in a thread of this worker, so that other agents go on.
@@ -507,6 +535,7 @@ class Context:
         self._sensor_orders = None
         self._emissions = []
         self._keys = 0
+        self._runs = None
 
 
 def as_target(to: str | Target) -> Target:

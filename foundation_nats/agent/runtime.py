@@ -425,6 +425,7 @@ class Runtime:
         agent.ctx = Context(
             record.id, config=record.spec.config or None, node=self.node, epoch=record.epoch
         )
+        agent.ctx._agent = agent
         agent.ctx._guards = self._guards
         agent.ctx._offload = self._offload
         agent.ctx.bus, agent.ctx.subjects = self.bus, self.subjects

@@ -251,6 +251,7 @@ class AgentHarness(Generic[A]):
         agent.ctx = context = _Context(
             self._id, config=self._config, node="test", epoch=self._epoch
         )
+        context._agent = agent
         context._clock = lambda: self.now
         context._offload = self._offload
         context._home = self._home = _Home(self._stored, self._crashes)
