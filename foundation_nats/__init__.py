@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foundation_nats.config import Config
     from foundation_nats.consensus.domain import Domain, Proposal
     from foundation_nats.errors import FoundationError
-    from foundation_schemas import Receipt, RecoveredFrom, Target
+    from foundation_schemas import GivenUp, Receipt, RecoveredFrom, Target
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _HOMES = {
     "Context": "foundation_nats.agent.context",
     "Domain": "foundation_nats.consensus.domain",
     "FoundationError": "foundation_nats.errors",
+    "GivenUp": "foundation_schemas",
     "Node": "foundation_nats.api.node",
     "NodeInfo": "foundation_nats.api.refs",
     "NodeOptions": "foundation_nats.api.node",
@@ -63,6 +64,7 @@ __all__ = [
     "Context",
     "Domain",
     "FoundationError",
+    "GivenUp",
     "Node",
     "NodeInfo",
     "NodeOptions",

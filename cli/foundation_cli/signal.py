@@ -18,6 +18,7 @@ from foundation_cli.connection import Shared, connected, run, with_shared
 from foundation_cli.render import Column
 from foundation_cli.status import get_agent
 
+_ATTEMPTS = 4
 _KINDS = ("capability:", "any:", "deployment:", "label:", "topic:")
 
 _Target = Annotated[
@@ -86,12 +87,25 @@ def send(
         str | None,
         typer.Option(metavar="DURATION", help="Don't handle it later than so much after."),
     ] = None,
+    attempts: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=100, help="How often its handling is tried."),
+    ] = None,
+    wait_handled: Annotated[
+        bool,
+        typer.Option(
+            "--wait-handled",
+            help="Wait until it is handled, for --timeout at most; later it is not begun any more.",
+        ),
+    ] = False,
 ) -> None:
     """Store a signal for an agent: it takes effect once.
 
-    What can't take effect is found by `foundation dead list`.
+    What can't take effect is found by `foundation dead list`. With --wait-handled: print what its
+    handler returned, or fail with why it was given up.
 
     Example: foundation send visits counter.add '{"amount": 3}'
+    Example: foundation send visits counter.add '{"amount": 3}' --wait-handled --attempts 5
     Example: foundation send visits counter.add --cron '0 9 * * *' --zone Europe/Berlin
     """
     _checked(target, type)
@@ -104,6 +118,18 @@ def send(
     }
     is_later = any(value is not None for value in when.values())
     ttl_s = None if ttl is None else values.duration(ttl)
+    if is_later and (wait_handled or attempts is not None):
+        raise typer.BadParameter(
+            "not of a signal for later.",
+            param_hint="--wait-handled" if wait_handled else "--attempts",
+        )
+    if wait_handled:
+        if ttl is not None:
+            raise typer.BadParameter(
+                "with --wait-handled it is --timeout that ends it.", param_hint="--ttl"
+            )
+        _send_supervised(shared, target, type, payload, id, queue, attempts)
+        return
 
     async def main() -> Any:
         async with connected(shared) as cluster:
@@ -112,7 +138,9 @@ def send(
                 await _known(cluster, agent)
             timeout = shared.timeout_s
             if not is_later:
-                return await cluster.send(target, type, payload, id=id, timeout=timeout, ttl=ttl_s)
+                return await cluster.send(
+                    target, type, payload, id=id, timeout=timeout, ttl=ttl_s, attempts=attempts
+                )
             return await cluster.signals.schedule(
                 target, type, payload, id=id, timeout=timeout, ttl=ttl_s, zone=zone, **when
             )
@@ -131,6 +159,43 @@ def send(
             f"stored {render.clean(receipt['id'])} for {render.clean(receipt['target'])}, "
             f"sequence {receipt['sequence']} of {render.clean(receipt['stream'])}{known}"
         )
+
+
+def _send_supervised(
+    shared: Shared,
+    target: str,
+    type: str,
+    payload: Any,
+    id: str | None,
+    queue: bool,
+    attempts: int | None,
+) -> None:
+    async def main() -> dict[str, Any]:
+        async with connected(shared) as cluster:
+            agent = _agent_id(target)
+            if agent is not None and not queue:
+                await _known(cluster, agent)
+            found = await cluster.signals.send_supervised(
+                target,
+                type,
+                payload,
+                id=id,
+                timeout=shared.timeout_s,
+                retries=(attempts or _ATTEMPTS) - 1,
+                on_error="raise",
+            )
+            return {
+                "id": found.id,
+                "target": found.target,
+                "state": str(found.state),
+                "result": found.result,
+            }
+
+    found = render.plain(run(main))
+    if not render.document(shared, found):
+        render.write(f"{found['state']} {render.clean(found['id'])} for {found['target']}")
+        if found["result"] is not None:
+            render.write(render.json_text(found["result"], indent=2))
 
 
 async def _known(cluster: Any, agent: str) -> None:

@@ -73,7 +73,6 @@ from foundation_nats.errors import (
     AgentUnavailableError,
     AskTimeoutError,
     BusError,
-    ExpiredError,
     FencedError,
     FoundationError,
     HandlerError,
@@ -86,6 +85,7 @@ from foundation_nats.errors import (
     UnhandledSignalError,
 )
 from foundation_nats.node.blackbox import STARTING
+from foundation_nats.signaling.burial import attempts_of, content, words
 from foundation_nats.signaling.envelope import emitted_id
 from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom
 
@@ -97,7 +97,6 @@ HIBERNATED = "hibernated"
 """The reason of the `on_stop` before it sleeps, and of `recovered_from` when it wakes."""
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
-_REASON_MAX = 1000
 _HOPELESS = (StepInDoubtError, StepTooLargeError)
 """To try again would end the same way."""
 _NOT_VALID_S = 0.2
@@ -668,7 +667,8 @@ class Activation:
                 return
             if isinstance(failure, StateTooLargeError):
                 raise failure
-            if attempt >= self.runtime.attempts_max or isinstance(failure, _HOPELESS):
+            most = attempts_of(body, self.runtime.attempts_max)
+            if attempt >= most or isinstance(failure, _HOPELESS):
                 self._bury(item, body, failure, attempts=attempt)
                 return
             self.commit()
@@ -881,8 +881,7 @@ class Activation:
         msg_id = emitted_id(self.salt, str(item.sequence), -1, subject)
         self.outbox[msg_id] = OutboxItem(subject, msg_id, payload)
         self.outbox_bytes += len(payload)
-        if body is not None and "replyto" in body and not isinstance(error, ExpiredError):
-            self._answer_buried(item, body, error)
+        self._tell(body, letter, msg_id)
         if body is not None and is_of_kin(body["type"]):
             self._hear_buried(body, item.sequence)
         self._advance(item)
@@ -899,32 +898,20 @@ class Activation:
         hear(self.agent, signal)
         self._effects(self.state_json, seed=f"buried-{sequence}")
 
-    def _answer_buried(self, item: _Stored, body: dict[str, Any], error: FoundationError) -> None:
-        """Whoever waits for the answer learns why there is none; who set a deadline knows it."""
-        said = {"error": {"code": error.code, "message": str(error)[:_REASON_MAX]}}
-        for reply in outbox_items(
-            self.runtime.subjects,
-            self.id,
-            answer(body["replyto"], said, cause=body.get("id")),
-            salt=self.salt,
-            seed=f"buried-{item.sequence}",
-            emitted=self.emitted,
-            signal=None,
-        ):
-            self.outbox[reply.msg_id] = reply
-            self.outbox_bytes += len(reply.body)
+    def _tell(self, body: dict[str, Any] | None, letter: DeadLetter, seed: str) -> None:
+        """Whoever waits for the answer, or asked to be told, learns of the dead letter: with it."""
+        source = f"agent:{self.id}"
+        for word in words(self.runtime.subjects, body, letter, source=source, seed=seed):
+            self.outbox[word.msg_id] = OutboxItem(word.subject, word.msg_id, word.payload)
+            self.outbox_bytes += len(word.payload)
 
     async def _may_try(self, item: _Stored) -> bool:
         """Write down that a signal which ended a worker is tried again; False: it was tried enough."""
         sequence, tries = self.runtime.attempts.get(self.id, (0, 0))
         if sequence != item.sequence:
             return True
-        if tries >= self.runtime.attempts_max:
-            body: dict[str, Any] | None
-            try:
-                body = orjson.loads(item.data)
-            except ValueError:
-                body = None
+        body, _ = content(item.data)
+        if tries >= attempts_of(body, self.runtime.attempts_max):
             known = self.recovered is not None and self.recovered.sequence == item.sequence
             cause = self.recovered.cause if known and self.recovered is not None else None
             error = HandlerError(
@@ -1244,6 +1231,7 @@ class Activation:
         msg_id = emitted_id(self.salt, item.msg_id, -2, dead)
         self.outbox[msg_id] = OutboxItem(dead, msg_id, payload)
         self.outbox_bytes += len(payload)
+        self._tell(signal, letter, msg_id)
         self.dirty = True
         self.runtime.log.warning("emitted signal given up", agent=self.id, receiver=receiver)
         self.commit()

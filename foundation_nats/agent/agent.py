@@ -53,6 +53,7 @@ from foundation_schemas import (
     Target,
 )
 from foundation_schemas.base import is_name
+from foundation_schemas.signal import check_attempts
 
 if typing.TYPE_CHECKING:
     from foundation_nats.agent.sensors.sensor import Sensor
@@ -169,6 +170,8 @@ class Agent:
         to: str | Target,
         ttl: float | None = None,
         deadline: datetime | None = None,
+        attempts: int | None = None,
+        on_error: str = "",
     ) -> None:
         """Send a signal because of the one in hand, once its effects are stored.
 
@@ -179,13 +182,28 @@ class Agent:
 
         *type* may be a `Payload`, which is type and data in one.
 
+        Args:
+            attempts: how often the receiver tries to handle it; else as its node is set.
+            on_error: if it is given up (its handler fails, nobody is there, it is too late …), a signal
+                of this type comes back to this agent, as durably as the dead letter; its data
+                is a `GivenUp`. Of a signal for many, one for each receiver that gives it up.
+
         Raises:
-            ValueError: *to* is no target, or *ttl* is not positive.
+            ValueError: *to* is no target, *ttl* is not positive, or *attempts* not from 1 to 100.
             TypeError: *data* is not JSON.
         """
         type, data = typed(type, data)
         until = deadline_text(self.ctx.now(), ttl=ttl, deadline=deadline)
-        self.ctx._emissions.append(Emission(as_target(to), checked_type(type), freeze(data), until))
+        self.ctx._emissions.append(
+            Emission(
+                as_target(to),
+                checked_type(type),
+                freeze(data),
+                until,
+                attempts=check_attempts(attempts),
+                on_error=checked_type(on_error) if on_error else "",
+            )
+        )
 
     def direct(self, *directives: Directive) -> None:
         """Have these carried out once the effects of the signal in hand are stored.

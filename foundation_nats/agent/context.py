@@ -63,6 +63,10 @@ class Emission:
     """Of the timer."""
     event: str = ""
     """It is no signal but an event of this kind, ``agent.<event>``; `type` is its message."""
+    attempts: int | None = None
+    """How often its receiver tries; None: as its node is set."""
+    on_error: str = ""
+    """The type of the signal that comes back if it is given up."""
 
     @property
     def value(self) -> Any:

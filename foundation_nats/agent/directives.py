@@ -45,6 +45,8 @@ class Emit(Directive):
     data: Any = None
     to: str | Target = ""
     ttl: float | None = None
+    attempts: int | None = None
+    on_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,14 @@ async def execute(agent: AnyAgent, stored: Mapping[str, Any]) -> None:
 
 
 def _emit(agent: AnyAgent, item: Emit) -> None:
-    agent.emit(item.type, item.data, to=item.to, ttl=item.ttl)
+    agent.emit(
+        item.type,
+        item.data,
+        to=item.to,
+        ttl=item.ttl,
+        attempts=item.attempts,
+        on_error=item.on_error,
+    )
 
 
 def _reply(agent: AnyAgent, item: Reply) -> None:

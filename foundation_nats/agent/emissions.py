@@ -41,11 +41,11 @@ def expired(agent: str, body: Mapping[str, Any]) -> ExpiredError | None:
     )
 
 
-def answer(box: Any, said: Mapping[str, Any], *, cause: str | None = None) -> list[Emission]:
+def answer(box: Any, said: Mapping[str, Any]) -> list[Emission]:
     """What a signal that asks for a stored answer gets: a signal for the box that it names.
 
     A box is a mailbox of no agent, so its name is none (`foundation_nats.coordination.desk`).
-    The answer names the signal it belongs to as its cause; *cause* where that is not in hand.
+    The answer names the signal it belongs to as its cause.
 
     Raises:
         TypeError: what was said is not JSON.
@@ -53,8 +53,7 @@ def answer(box: Any, said: Mapping[str, Any], *, cause: str | None = None) -> li
     if not (isinstance(box, str) and box.startswith(BOX) and is_name(box.removeprefix(BOX))):
         return []
     target = Target(kind=TargetKind.AGENT, name=box)
-    body = said if cause is None else {**said, "cause": cause}
-    return [Emission(target, ANSWER, Fragment(to_json(body)))]
+    return [Emission(target, ANSWER, Fragment(to_json(said)))]
 
 
 def outbox_items(
@@ -100,6 +99,8 @@ def outbox_items(
             traceparent=None if signal is None else signal.traceparent,
             cause=None if signal is None else signal.id,
             deadline=emission.deadline,
+            attempts=emission.attempts,
+            onerror=emission.on_error,
         )
         items.append(OutboxItem(subject, msg_id, body, headers))
     return items

@@ -41,5 +41,7 @@ class AnyAgent(Protocol):
         to: str | Target,
         ttl: float | None = None,
         deadline: datetime | None = None,
+        attempts: int | None = None,
+        on_error: str = "",
     ) -> None:
         """See `Agent.emit`."""

@@ -58,6 +58,7 @@ from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.signaling.publisher import Publisher
 from foundation_nats.signaling.schedules import deadline_text
 from foundation_schemas import AgentStatus, LeaseRecord, Receipt, Target, TargetKind
+from foundation_schemas.signal import check_attempts
 
 _ASK_AGAIN_S = 0.05
 _MOVING_S = 0.01
@@ -182,13 +183,16 @@ class Cluster:
         timeout: float = 5.0,
         ttl: float | None = None,
         deadline: datetime | None = None,
+        attempts: int | None = None,
     ) -> Receipt:
         """Store a signal; it is durable once this returns.
 
         *type* may be a `Payload`, which is type and data in one. It needs no running agent: the
         signal waits for its receiver. A repeat with the same *id* takes effect once. What is not
         handled within *ttl* seconds, or by *deadline*, is not handled any more but a dead letter
-        with the code ``expired``. For later and again and again: `signals.schedule`.
+        with the code ``expired``. *attempts* (1 to 100) is how often its handling is tried, else it is
+        as the node is set. For later and again and again: `signals.schedule`; to be told
+        what became of it: `signals.send_supervised`.
 
         Raises:
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
@@ -203,7 +207,13 @@ class Cluster:
         try:
             until = deadline_text(utc_now(), ttl=ttl, deadline=deadline)
             return await self._publisher.send(
-                parsed, type, data, id=id, timeout=timeout, deadline=until
+                parsed,
+                type,
+                data,
+                id=id,
+                timeout=timeout,
+                deadline=until,
+                attempts=check_attempts(attempts),
             )
         except TypeError as error:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error

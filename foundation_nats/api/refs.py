@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from foundation_nats.agent.signal import Payload
@@ -11,6 +13,7 @@ from foundation_schemas.base import WireModel
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+    from foundation_nats.api.supervised import OnError, Outcome
 
 
 class AgentRef:
@@ -29,6 +32,35 @@ class AgentRef:
     async def ask(self, type: str | Payload, data: Any = None, *, timeout: float = 5.0) -> Any:
         """`Cluster.ask` of this agent."""
         return await self._cluster.ask(self, type, data, timeout=timeout)
+
+    async def send_supervised(
+        self,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        timeout: float = 5.0,
+        retries: int = 3,
+        on_error: OnError = "log",
+        id: str | None = None,
+    ) -> Outcome:
+        """`Signals.send_supervised` to this agent."""
+        return await self._cluster.signals.send_supervised(
+            self, type, data, timeout=timeout, retries=retries, on_error=on_error, id=id
+        )
+
+    def ask_stream(
+        self,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        timeout: float = 30.0,
+        window: int = 64,
+        deadline: datetime | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """`Cluster.ask_stream` of this agent."""
+        return self._cluster.ask_stream(
+            self, type, data, timeout=timeout, window=window, deadline=deadline
+        )
 
     def __str__(self) -> str:
         return f"agent:{self.id}"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from foundation_nats.agent.signal import Payload, typed
 from foundation_nats.api.journal import JournalNode, read_journal
 from foundation_nats.api.refs import AgentRef
+from foundation_nats.api.supervised import OnError, Outcome, OutcomeState, Supervisor
 from foundation_nats.api.tracking import SignalStatus, track
 from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.bus.kv import EXPECTED
@@ -98,6 +100,7 @@ class Signals:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._supervisor = Supervisor(cluster)
         self._timers = StreamReader(cluster.bus, cluster.subjects.timers_stream)
 
     # ---- many -------------------------------------------------------------------
@@ -220,6 +223,49 @@ class Signals:
             raise ConfigError("Who subscribes to a topic can't be asked; `publish` sends to them.")
         registry = await self._cluster._open_registry()
         return [held.record.id for held in receivers(registry, parsed.kind, parsed.name)]
+
+    async def send_supervised(
+        self,
+        target: str | AgentRef | Target,
+        type: str | Payload,
+        data: Any = None,
+        *,
+        timeout: float = 5.0,
+        retries: int = 3,
+        on_error: OnError = "log",
+        id: str | None = None,
+    ) -> Outcome:
+        """Store a signal for one receiver, and return what became of it: handled, or why not.
+
+        The signal is as durable as one of `send`, and handled once or not at all; the receiver tries a
+        handler that raises *retries* times more. What is not begun within *timeout* is not
+        begun any more. The outcome is stored with what it tells of, so a crash of the receiver or of
+        the broker delays it at most.
+
+        Cancellation: the signal stays; the outcome is not told.
+
+        Args:
+            target: an agent, also one that does not run now, or ``any:NAME``.
+            on_error: what to do unless it was handled: ``log`` it, ``raise`` its error, ``ignore`` it, or call a
+                function with the `Outcome`.
+            id: a repeat with the same id takes effect once.
+
+        Raises:
+            ConfigError: an argument is wrong, or *data* is not JSON.
+            FoundationError: with ``raise``, why it was not handled, as the class it was: `HandlerError`, …
+                `ExpiredError` (too late), `MailboxFullError` and the like (not stored),
+                `AskTimeoutError` (not known).
+        """
+        type, data = typed(type, data)
+        return await self._supervisor.send(
+            _parsed(target),
+            _checked_type(type),
+            data,
+            id=id,
+            timeout=timeout,
+            retries=retries,
+            on_error=on_error,
+        )
 
     # ---- later ------------------------------------------------------------------
 
@@ -434,4 +480,12 @@ def _info(message: StoredMessage) -> ScheduleInfo | None:
         return None
 
 
-__all__ = ["Answers", "Outgoing", "ScheduleInfo", "SignalStatus", "Signals"]
+__all__ = [
+    "Answers",
+    "Outcome",
+    "OutcomeState",
+    "Outgoing",
+    "ScheduleInfo",
+    "SignalStatus",
+    "Signals",
+]

@@ -16,6 +16,8 @@ from foundation_nats.bus.rpc import to_json
 
 BOX = "~"
 """How the names of mailboxes begin that belong to no agent, but hold the answers to stored questions."""
+SENT = f"{BOX}sent-"
+"""How the boxes of senders begin that wait for what becomes of a signal; they are told of a passed deadline too."""
 ANSWER = "foundation.answer"
 """The type of such an answer."""
 
@@ -48,6 +50,9 @@ def encode_envelope(
     traceparent: str | None = None,
     cause: str | None = None,
     deadline: str | None = None,
+    attempts: int | None = None,
+    onerror: str | None = None,
+    replyto: str | None = None,
 ) -> bytes:
     """A CloudEvents 1.0 envelope in structured mode.
 
@@ -69,4 +74,10 @@ def encode_envelope(
         body["cause"] = cause
     if deadline is not None:
         body["deadline"] = deadline
+    if attempts is not None:
+        body["attempts"] = attempts
+    if onerror:
+        body["onerror"] = onerror
+    if replyto is not None:
+        body["replyto"] = replyto
     return to_json(body)

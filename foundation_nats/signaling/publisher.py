@@ -74,6 +74,8 @@ class Publisher:
         cause: str | None = None,
         deadline: str | None = None,
         timer: Timer | None = None,
+        attempts: int | None = None,
+        replyto: str | None = None,
     ) -> Receipt:
         """Store a signal for *target*; with *timer* for later, under its id as the timer's name.
 
@@ -97,6 +99,8 @@ class Publisher:
             traceparent=traceparent,
             cause=cause,
             deadline=deadline,
+            attempts=attempts,
+            replyto=replyto,
         )
         msg_id = message_id(name, self.source, signal_id)
         headers = None

@@ -79,6 +79,10 @@ class Emitted:
     """The name, if it is sent later (`ctx.schedule`); a cancelled one has the type ``cancel``."""
     due: datetime | None = None
     """When it is sent first."""
+    attempts: int | None = None
+    on_error: str = ""
+    deadline: str | None = None
+    """After it, it is not handled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -608,6 +612,9 @@ class AgentHarness(Generic[A]):
                 None if signal is None else signal.id,
                 emission.name or None,
                 None if emission.timer is None else emission.timer.due,
+                emission.attempts,
+                emission.on_error,
+                emission.deadline,
             )
             for emission in agent.ctx._emissions
             if not emission.event

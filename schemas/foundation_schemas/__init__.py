@@ -90,6 +90,7 @@ from foundation_schemas.node import Echo, Heartbeat, Load, NodeRecord, NodeStatu
 from foundation_schemas.signal import (
     DeadLetter,
     Envelope,
+    GivenUp,
     Receipt,
     Target,
     TargetKind,
@@ -134,6 +135,7 @@ __all__ = [
     "Envelope",
     "ErrorBody",
     "FamilyRecord",
+    "GivenUp",
     "Heartbeat",
     "InspectReply",
     "LabelExpression",

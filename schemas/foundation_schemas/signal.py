@@ -18,6 +18,8 @@ from foundation_schemas.label import parse_expression
 SPEC_VERSION = "1.0"
 TYPE_LENGTH_MAX = 256
 TOPIC_TOKENS_MAX = 16
+ATTEMPTS_MAX = 100
+"""Of one signal: what its sender may ask for."""
 _KINDS = (
     "ID, agent:ID, capability:NAME, any:NAME, deployment:NAME, label:EXPRESSION, topic:NAME "
     "or everyone"
@@ -65,6 +67,17 @@ def matches_topic(pattern: str, topic: str) -> bool:
     return len(wanted) == len(found) and all(
         a in ("*", b) for a, b in zip(wanted, found, strict=True)
     )
+
+
+def check_attempts(attempts: int | None) -> int | None:
+    """Return *attempts* if a signal may be tried so often; None: as the receiver's node is set.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if attempts is not None and not 1 <= attempts <= ATTEMPTS_MAX:
+        raise ValueError(f"attempts must be from 1 to {ATTEMPTS_MAX}, not {attempts}")
+    return attempts
 
 
 class TargetKind(StrEnum):
@@ -135,6 +148,10 @@ class Envelope(WireModel):
     """UTC, RFC 3339: not handled after it, by the clock of the receiver's machine."""
     replyto: str | None = None
     """The box that gets the handler's result in the commit of its effects; not of an ask."""
+    attempts: int | None = Field(default=None, ge=1, le=ATTEMPTS_MAX)
+    """How often its handling is tried; None: as the receiver's node is set."""
+    onerror: str | None = Field(default=None, max_length=TYPE_LENGTH_MAX)
+    """The type of the signal that its sender, an agent, gets if it is given up."""
 
 
 class Receipt(WireModel):
@@ -150,6 +167,23 @@ class Receipt(WireModel):
     sequence: int
     duplicate: bool = False
     """The same id was stored before; this call added nothing."""
+
+
+class GivenUp(WireModel):
+    """The data of what a sender gets back if its signal is given up: see ``emit(…, on_error=…)``."""
+
+    id: str
+    """Of the signal that was given up."""
+    type: str
+    target: str
+    agent: str
+    """Whose dead letter it is; ``route``: of a signal for many."""
+    code: str
+    """The stable error code, as in `errors.py`; ``expired``: its deadline had passed."""
+    reason: str
+    attempts: int
+    data: Any = None
+    """As it was sent; None where it is too large to be sent back."""
 
 
 class DeadLetter(WireModel):

@@ -50,6 +50,13 @@ async def test_signals_for_later_are_set_listed_looked_up_and_cancelled() -> Non
         code, out, _ = await run("schedules", "cancel", "later", "-o", "json")
         assert (code, json.loads(out)[0]["name"]) == (0, "later")
         assert (await run("schedules", "cancel", "later"))[0] == 4
+        code, out, err = await run("send", *add, "--wait-handled", "--attempts", "2", "-o", "json")
+        assert code == 0, err
+        assert (json.loads(out)["state"], json.loads(out)["result"]) == ("handled", 2)
+        code, out, err = await run("send", "a", "counter.sing", "--wait-handled", "-o", "json")
+        assert (code, json.loads(err)["error"]["code"]) == (1, "agent.unhandled_signal")
+        assert (await run("send", *add, "--wait-handled", "--after", "1s"))[0] == 2
+        assert await cluster.ask("a", "counter.add", {"amount": -1}) == 1
         code, out, _ = await run("signal", "soon", "-o", "json")
         assert code == 0
         found = json.loads(out)
