@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from foundation_nats.errors import (
 from foundation_nats.testing import TestServer, eventually
 from tests.cluster.children import Child, Children
 from tests.cluster.leading import GROUP
+from tests.cluster.storm import Storm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
 
@@ -33,6 +35,15 @@ async def cluster(server: TestServer) -> AsyncIterator[Cluster]:
     """A client."""
     async with Cluster.connect(server.url, name="tester") as client:
         yield client
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of this run; ``--seed`` repeats one."""
+    given = request.config.getoption("--seed")
+    found = random.randrange(2**32) if given is None else int(given)
+    print(f"--seed {found}")
+    return found
 
 
 def add(total: int, value: int) -> int:
@@ -158,28 +169,65 @@ async def _leader(children: list[Child], but: Child | None = None) -> Child:
     return found
 
 
-async def test_the_leader_is_killed_and_the_broker_too_and_nothing_is_lost(
-    server: TestServer, cluster: Cluster
+async def _storm_at_the_group(
+    server: TestServer, cluster: Cluster, seed: int, members: int, kills: int
 ) -> None:
-    """kill -9 of the leader, a new term, kill -9 of the broker: each append that returned is there."""
+    """Leaders and followers are killed at random moments and come back, the broker is killed once."""
+    dice = random.Random(seed)
+    names = [f"m{number}" for number in range(members)]
     with Children() as children:
-        members = [
-            children.start("tests.cluster.leading", server.url, name, f"{_TTL_S}")
-            for name in ("a", "b")
-        ]
-        first = await _leader(members)
-        await eventually(lambda: len(first.said("put")) > 20, message="the first leader appends")
-        first.kill()
-        second = await _leader(members)
-        await eventually(lambda: len(second.said("put")) > 20, message="the second appends")
-        server.kill()
-        await server.restart()
-        done = len(second.said("put"))
-        await eventually(lambda: len(second.said("put")) > done + 20, timeout=20)
-        for child in members:
-            child.kill()
+
+        def start(name: str, life: int) -> Child:
+            given = (server.url, name, f"{_TTL_S}", str(life))
+            return children.start("tests.cluster.leading", *given)
+
+        storm = Storm(start, names, dice)
+
+        async def leader() -> str:
+            found = await _leader([storm.now(name) for name in names])
+            return next(name for name in names if storm.now(name) is found)
+
+        victims = []
+        for number in range(kills):
+            led = await leader()
+            before = len(storm.now(led).said("put"))
+            await eventually(
+                lambda led=led, before=before: len(storm.now(led).said("put")) > before + 10,
+                message="the leader appends",
+            )
+            if number == kills // 2:
+                server.kill()
+                await server.restart()
+            # Whoever it is: the first time the leader, then a follower, then as the dice fall.
+            others = [name for name in names if name != led]
+            among = [led] if number == 0 else others if number == 1 else names
+            victims.append((await storm.kill(among, ready="joins", within=0.5)) == led)
+        assert True in victims
+        assert False in victims
+        led = await leader()
+        done = len(storm.now(led).said("put"))
+        await eventually(lambda: len(storm.now(led).said("put")) > done + 10, timeout=20)
+        storm.stop()
         async with leader_follower(cluster, GROUP) as watcher:
-            _check(members, await _first(watcher, (await watcher.read()).index))
+            _check(children.all, await _first(watcher, (await watcher.read()).index))
+
+
+async def test_leaders_and_followers_are_killed_and_the_broker_too_and_nothing_is_lost(
+    server: TestServer, cluster: Cluster, seed: int
+) -> None:
+    """kill -9 of the leader, then of a follower; both come back: each append that returned is there."""
+    await _storm_at_the_group(server, cluster, seed, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("chaos")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("round", range(3))
+async def test_groups_under_many_seeds(
+    server: TestServer, cluster: Cluster, seed: int, round: int
+) -> None:
+    """The same, longer, with three members."""
+    await _storm_at_the_group(server, cluster, seed + round, 3, 10)
 
 
 @pytest.mark.slow
@@ -190,7 +238,7 @@ async def test_a_leader_that_was_frozen_appends_nothing_more(
     """SIGSTOP for longer than the TTL, SIGCONT: the log goes on under the new term alone."""
     with Children() as children:
         members = [
-            children.start("tests.cluster.leading", server.url, name, f"{_TTL_S}")
+            children.start("tests.cluster.leading", server.url, name, f"{_TTL_S}", "0")
             for name in ("a", "b")
         ]
         old = await _leader(members)

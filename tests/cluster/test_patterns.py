@@ -36,6 +36,7 @@ from foundation_nats.errors import (
 )
 from foundation_nats.testing import TestCluster, TestServer, eventually
 from tests.cluster.children import Child, Children
+from tests.cluster.storm import Storm, broker_dies, node_dies, said, survived, worker_dies
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -134,7 +135,7 @@ async def test_waiters_that_died_leave_a_generation_that_breaks(
 ) -> None:
     """Nobody is left to break it: the record's own time counts for who comes next."""
     with Children() as children:
-        child = children.start("tests.cluster.party", server.url, "a", "a,b", "1", "1")
+        child = children.start("tests.cluster.party", server.url, "a=1", "a,b", "1")
         await eventually(lambda: child.said("begins"), timeout=20)
         late = barrier(cluster, "phase", ["a", "b"], party="b")
         # The child has given 60 s; another arrival shortens that for all.
@@ -153,37 +154,45 @@ async def _waits(cluster: Cluster, party: str) -> bool:
 
 
 async def _storm_at_the_barrier(
-    server: TestServer, seed: int, generations: int, kills: int
+    server: TestServer,
+    seed: int,
+    generations: int,
+    kills: int,
+    *,
+    processes: int = 3,
+    each: int = 1,
 ) -> None:
-    """Parties are killed and started again, the broker once: every generation ends for everyone."""
+    """Processes of *each* so many parties are killed and come again, the broker once: every generation ends for all."""
     dice = random.Random(seed)
-    names = ["a", "b", "c"]
+    groups = {f"g{p}": [f"g{p}-{n}" for n in range(each)] for p in range(processes)}
+    everybody = [name for group in groups.values() for name in group]
     with Children() as children:
 
-        def start(name: str, first: int) -> Child:
-            arguments = (server.url, name, ",".join(names), str(first), str(generations))
+        def start(group: str, life: int) -> Child:
+            heard = storm.lines(group, "ended") if life else []
+            first = ",".join(f"{name}={_last(heard, name) + 1}" for name in groups[group])
+            arguments = (server.url, first, ",".join(everybody), str(generations))
             return children.start("tests.cluster.party", *arguments)
 
-        running = {name: start(name, 1) for name in names}
-        heard: dict[str, list[int]] = {name: [] for name in names}
+        storm = Storm(start, [], dice)
+        for group in groups:
+            storm.begin(group)
         for step in range(kills):
-            victim = dice.choice(names)
-            await eventually(lambda c=running[victim]: c.said("begins"), timeout=20)
-            await asyncio.sleep(dice.uniform(0.0, 0.3))
-            running[victim].kill()
-            heard[victim] += [int(line.split()[1]) for line in running[victim].said("ended")]
             if step == kills // 2:
-                server.kill()
-                await server.restart()
-            running[victim] = start(victim, max(heard[victim], default=0) + 1)
-        await eventually(
-            lambda: all(child.process.poll() is not None for child in running.values()), timeout=60
-        )
-        for name, child in running.items():
-            heard[name] += [int(line.split()[1]) for line in child.said("ended")]
-            assert not child.said("broken"), child.lines()
-            assert child.process.returncode == 0, child.lines()
-        assert heard == {name: list(range(1, generations + 1)) for name in names}
+                await broker_dies(server)()
+            await storm.kill(list(groups))
+        await storm.ended(timeout=100)
+        for group, names in groups.items():
+            assert not storm.lines(group, "broken")
+            lines = storm.lines(group, "ended")
+            for name in names:
+                ended = [int(number) for _, number, who in map(str.split, lines) if who == name]
+                assert ended == list(range(1, generations + 1)), name
+
+
+def _last(lines: list[str], name: str) -> int:
+    """The last generation that ended for *name*."""
+    return max((int(n) for _, n, who in map(str.split, lines) if who == name), default=0)
 
 
 async def test_killed_parties_come_again_and_every_generation_ends(
@@ -193,12 +202,28 @@ async def test_killed_parties_come_again_and_every_generation_ends(
     await _storm_at_the_barrier(server, seed, 60, 1)
 
 
+async def test_a_crowd_of_which_some_are_killed_goes_on_together(
+    server: TestServer, seed: int
+) -> None:
+    """32 parties in four processes: they gather what they hear of each other; what was only said counts for nothing."""
+    await _storm_at_the_barrier(server, seed, 12, 2, processes=4, each=8)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("chaos")
 @pytest.mark.parametrize("round", range(5))
 async def test_barriers_under_many_seeds(server: TestServer, seed: int, round: int) -> None:
     """The same, longer."""
     await _storm_at_the_barrier(server, seed + round, 300, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("chaos")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("round", range(3))
+async def test_crowds_under_many_seeds(server: TestServer, seed: int, round: int) -> None:
+    """The same, with 48 parties."""
+    await _storm_at_the_barrier(server, seed + round, 80, 12, processes=6, each=8)
 
 
 # ---- votes ----------------------------------------------------------------------------
@@ -270,14 +295,6 @@ async def test_clients_cast_until_it_is_decided(cluster: Cluster) -> None:
     assert (late.choice, late.reason, late.missing) == (None, "time is over", voters)
 
 
-async def _said(child: Child, word: str) -> list[str]:
-    await eventually(
-        lambda: child.said(word) or child.process.poll() is not None, timeout=60, message=word
-    )
-    assert child.said(word), child.lines()
-    return child.said(word)
-
-
 def _initiate(
     children: Children, nodes: TestCluster, pattern: str, arguments: dict[str, Any]
 ) -> Child:
@@ -285,44 +302,62 @@ def _initiate(
     return children.start("tests.cluster.initiator", *given)
 
 
-async def _storm_at_the_vote(nodes: TestCluster, seed: int, votes: int) -> None:
-    """The asker is killed and started anew, once with the broker: each voter is asked once."""
+async def _outcome(
+    children: Children,
+    nodes: TestCluster,
+    pattern: str,
+    arguments: dict[str, Any],
+    dice: random.Random,
+    *,
+    kills: int,
+    first: bool,
+    node: bool,
+) -> dict[str, Any]:
+    """Of a pattern whose initiator is killed so many times; besides the *first* a worker (or a *node*), then
+    the broker."""
+    participants = (node_dies if node else worker_dies)(nodes, dice)
+    blows = {0: participants, 1: broker_dies(nodes.server)} if first else {}
+    last = await survived(
+        lambda: _initiate(children, nodes, pattern, arguments), dice, kills=kills, blows=blows
+    )
+    (line,) = await said(last, "result")
+    found: dict[str, Any] = json.loads(line.split(" ", 1)[1])
+    return found
+
+
+async def _storm_at_the_vote(
+    nodes: TestCluster, seed: int, votes: int, *, node: bool = False
+) -> None:
+    """The asker is killed and started anew, once with a worker of voters and once with the broker."""
     dice = random.Random(seed)
     cluster = nodes.client
     voters = {f"v{n}": {"choice": "yes" if n < 4 else "no", "slow": 0.05} for n in range(6)}
     await _start(cluster, "partners:Voter", **voters)
+    names = [f"storm-{number}" for number in range(votes)]
     with Children() as children:
-        for number in range(votes):
+        for name in names:
             arguments = {
-                "name": f"storm-{number}",
+                "name": name,
                 "question": "?",
                 "choices": ["yes", "no"],
                 "voters": sorted(voters),
                 "quorum": 4,
                 "timeout": 60,
             }
-            for attempt in range(3):
-                child = _initiate(children, nodes, "vote", arguments)
-                await _said(child, "begins")
-                if attempt == 2:
-                    break
-                await asyncio.sleep(dice.uniform(0, 0.15))
-                if number == 0 and attempt == 1:
-                    nodes.server.kill()
-                    await nodes.server.restart()
-                child.kill()
-            (line,) = await _said(child, "result")
-            found = json.loads(line.split(" ", 1)[1])
-            assert (found["choice"], found["counts"]["yes"]) == ("yes", 4), line
-            assert (await vote_result(cluster, f"storm-{number}")).model_dump(mode="json") == found
-    names = [f"storm-{number}" for number in range(votes)]
+            found = await _outcome(
+                children, nodes, "vote", arguments, dice, kills=2, first=name == names[0], node=node
+            )
+            assert (found["choice"], found["counts"]["yes"]) == ("yes", 4), found
+            assert (await vote_result(cluster, name)).model_dump(mode="json") == found
     for voter in voters:
         await eventually(lambda v=voter: _told(cluster, v, ["yes"] * votes), timeout=30)
         story = await cluster.ask(voter, "story", timeout=5)
         assert story["asked"] == names, f"{voter} was asked twice or never"
 
 
-async def test_a_vote_survives_its_asker_and_the_broker(nodes: TestCluster, seed: int) -> None:
+async def test_a_vote_survives_its_asker_its_voters_and_the_broker(
+    nodes: TestCluster, seed: int
+) -> None:
     """The outcome is that of a run without faults."""
     await _storm_at_the_vote(nodes, seed, 1)
 
@@ -330,8 +365,8 @@ async def test_a_vote_survives_its_asker_and_the_broker(nodes: TestCluster, seed
 @pytest.mark.slow
 @pytest.mark.usefixtures("chaos")
 async def test_votes_under_many_seeds(nodes: TestCluster, seed: int) -> None:
-    """The same, longer."""
-    await _storm_at_the_vote(nodes, seed, 12)
+    """The same, longer, with the death of a node."""
+    await _storm_at_the_vote(nodes, seed, 12, node=True)
 
 
 # ---- auctions -------------------------------------------------------------------------
@@ -384,7 +419,7 @@ async def _is_awarded(cluster: Cluster, bidder: str, expected: list[str]) -> boo
 async def _storm_at_the_auction(
     nodes: TestCluster, seed: int, auctions: int, *, node: bool = False
 ) -> None:
-    """Auctioneers and the broker are killed, perhaps a node: one award each, and it takes effect once."""
+    """Auctioneers, a worker of bidders (or a node) and the broker are killed: one award each, which takes effect once."""
     dice = random.Random(seed)
     cluster = nodes.client
     slow = {"thinks": 0.05, "slow": 0.05}
@@ -400,22 +435,10 @@ async def _storm_at_the_auction(
                 "timeout": 30,
                 "accept_timeout": 30,
             }
-            for attempt in range(3):
-                child = _initiate(children, nodes, "auction", arguments)
-                await _said(child, "begins")
-                if attempt == 2:
-                    break
-                await asyncio.sleep(dice.uniform(0, 0.12))
-                if number == 0:
-                    if attempt == 0 and node:
-                        nodes.nodes[dice.choice(sorted(nodes.nodes))].kill_all()
-                    if attempt == 1:
-                        nodes.server.kill()
-                        await nodes.server.restart()
-                child.kill()
-            (line,) = await _said(child, "result")
-            found = json.loads(line.split(" ", 1)[1])
-            assert (found["winner"], found["ranking"]) == ("b1", ["b0", "b1", "b2", "b3"]), line
+            found = await _outcome(
+                children, nodes, "auction", arguments, dice, kills=2, first=number == 0, node=node
+            )
+            assert (found["winner"], found["ranking"]) == ("b1", ["b0", "b1", "b2", "b3"]), found
     await eventually(lambda: _is_awarded(cluster, "b1", names), timeout=30)
     for bidder in bidders:
         story = await eventually(lambda b=bidder: cluster.ask(b, "story", timeout=5), timeout=30)
@@ -423,7 +446,9 @@ async def _storm_at_the_auction(
         assert story["awarded"] == (names if bidder == "b1" else [])
 
 
-async def test_an_auction_survives_auctioneer_and_broker(nodes: TestCluster, seed: int) -> None:
+async def test_an_auction_survives_auctioneer_bidders_and_broker(
+    nodes: TestCluster, seed: int
+) -> None:
     """The outcome is that of a run without faults."""
     await _storm_at_the_auction(nodes, seed, 1)
 
@@ -612,7 +637,7 @@ async def test_wrong_sagas_are_named(cluster: Cluster) -> None:
 async def _storm_at_the_saga(
     nodes: TestCluster, seed: int, rounds: int, *, node: bool = False
 ) -> None:
-    """Runners and the broker are killed, perhaps a node: each agent's log is that of a run without faults."""
+    """Runners, a worker (or a node) and the broker are killed: each agent's log is that of a run without faults."""
     dice = random.Random(seed)
     cluster = nodes.client
     slow = {"slow": 0.03}
@@ -624,22 +649,11 @@ async def _storm_at_the_saga(
             fails = (number + seed) % 2 == 0
             agents = ["d1", "d2", "d3", *(["full"] if fails else [])]
             data = f"n{number}"
-            for attempt in range(4):
-                arguments = {"name": f"trip-{number}", "steps": _trip(*agents, data=data)}
-                child = _initiate(children, nodes, "saga", arguments)
-                await _said(child, "begins")
-                if attempt == 3:
-                    break
-                await asyncio.sleep(dice.uniform(0, 0.12))
-                if number == 0 and attempt == 1:
-                    nodes.server.kill()
-                    await nodes.server.restart()
-                if node and number == 0 and attempt == 2:
-                    nodes.nodes[dice.choice(sorted(nodes.nodes))].kill_all()
-                child.kill()
-            (line,) = await _said(child, "result")
-            found = json.loads(line.split(" ", 1)[1])
-            assert found["state"] == ("undone" if fails else "done"), line
+            arguments = {"name": f"trip-{number}", "steps": _trip(*agents, data=data)}
+            found = await _outcome(
+                children, nodes, "saga", arguments, dice, kills=3, first=number == 0, node=node
+            )
+            assert found["state"] == ("undone" if fails else "done"), found
             for name in ("d1", "d2", "d3"):
                 expected[name].append(f"book {data}")
                 if fails:
@@ -649,7 +663,7 @@ async def _storm_at_the_saga(
         assert await _log(cluster, name) == log
 
 
-async def test_a_saga_survives_runner_and_broker(nodes: TestCluster, seed: int) -> None:
+async def test_a_saga_survives_runner_agents_and_broker(nodes: TestCluster, seed: int) -> None:
     """The outcome is that of a run without faults."""
     await _storm_at_the_saga(nodes, seed, 1)
 
@@ -735,33 +749,30 @@ async def test_an_item_that_is_not_acknowledged_goes_to_another(cluster: Cluster
 async def _storm_at_the_queue(
     nodes: TestCluster, seed: int, items: int, kills: int, *, node: bool = False
 ) -> None:
-    """Feeders and the broker are killed, perhaps a node: each agent has done its items once, in order."""
+    """Feeders, a worker of agents (or a node) and the broker are killed: each agent has done its items once, in order."""
     dice = random.Random(seed)
     cluster = nodes.client
     await _start(cluster, "partners:Desk", q0={}, q1={}, q2={})
     jobs = workqueue(cluster, "jobs", attempts=1000, visibility_s=2)
     with Children() as children:
 
-        def start() -> Child:
+        def start(_name: str, _life: int) -> Child:
             given = (nodes.server.url, cluster.name, "jobs")
             return children.start("tests.cluster.feeder", *given)
 
-        running = [start() for _ in range(3)]
+        feeders = ["f0", "f1", "f2"]
+        storm = Storm(start, feeders, dice)
         expected: dict[str, list[str]] = {f"q{n}": [] for n in range(3)}
         for number in range(items):
             agent = dice.choice(sorted(expected))
             expected[agent].append(f"{agent} {number}")
             await jobs.put(number, key=agent, id=f"item-{number}", timeout=20)
         for step in range(kills):
-            await asyncio.sleep(dice.uniform(0, 0.4))
             if step == kills // 2:
-                nodes.server.kill()
-                await nodes.server.restart()
-            if node and step == kills - 1:
-                nodes.nodes[dice.choice(sorted(nodes.nodes))].kill_all()
-            victim = dice.randrange(3)
-            running[victim].kill()
-            running[victim] = start()
+                await broker_dies(nodes.server)()
+            if step == kills - 1:
+                await (node_dies if node else worker_dies)(nodes, dice)()
+            await storm.kill(feeders, within=0.4)
         await eventually(lambda: _is_drained(jobs), timeout=90, message="all is done")
         assert await jobs.dead() == []
     for agent, log in expected.items():
@@ -773,7 +784,9 @@ async def _is_drained(jobs: WorkQueue) -> bool:
     return await jobs.waiting() == 0
 
 
-async def test_agents_do_each_item_once_although_feeders_die(nodes: TestCluster, seed: int) -> None:
+async def test_agents_do_each_item_once_although_they_and_feeders_die(
+    nodes: TestCluster, seed: int
+) -> None:
     """The agents' logs are those of a run without faults."""
     await _storm_at_the_queue(nodes, seed, 60, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from foundation_nats.errors import ConfigError, HandlerError, NotSettledError
 from foundation_nats.signaling.envelope import BOX
 from foundation_nats.testing import TestCluster, eventually
 from tests.cluster.children import Child, Children
+from tests.cluster.storm import broker_dies, node_dies, said, survived, worker_dies
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -142,6 +143,16 @@ async def test_who_goes_on_gets_what_was_not_taken_care_of(nodes: TestCluster) -
     assert await _seen(cluster, "a") == {str(n): 1 for n in range(30)}
 
 
+def _blows(
+    nodes: TestCluster, dice: random.Random, kills: int, *, node: bool
+) -> dict[int, Callable[[], Awaitable[None]]]:
+    """Besides the drivers: a worker at first, half-way the broker, perhaps a *node* at last."""
+    blows = {0: worker_dies(nodes, dice), kills // 2: broker_dies(nodes.server)}
+    if node:
+        blows[kills - 1] = node_dies(nodes, dice)
+    return blows
+
+
 async def _storm_at_the_pipeline(
     nodes: TestCluster, seed: int, items: int, kills: int, *, node: bool = False
 ) -> None:
@@ -167,24 +178,11 @@ async def _storm_at_the_pipeline(
                     case ["result", *_]:
                         assert line == lines[-1], "only the kill may cut a line"
 
-        for step in range(kills):
-            child = start()
-            await eventually(lambda c=child: c.said("begins"), timeout=20)
-            await asyncio.sleep(dice.uniform(0.05, 0.3))
-            if step == 0:
-                victims = [w for n in nodes.nodes.values() for w in n.workers()]
-                dice.choice(victims).kill()
-            if step == kills // 2:
-                nodes.server.kill()
-                await nodes.server.restart()
-            if node and step == kills - 1:
-                nodes.nodes[dice.choice(sorted(nodes.nodes))].kill_all()
-            child.kill()
+        blows = _blows(nodes, dice, kills, node=node)
+        last = await survived(start, dice, kills=kills, blows=blows, within=0.3)
+        await said(last, "over", timeout=90)
+        for child in children.all:
             read(child)
-        child = start()
-        await eventually(lambda: child.said("over") or child.process.poll() is not None, timeout=90)
-        assert child.said("over"), child.lines()
-        read(child)
     assert got == {n: json.dumps([n, *names]) for n in range(items)}
     for name in names:
         seen = await eventually(lambda n=name: _seen(cluster, n), timeout=30)
@@ -361,27 +359,14 @@ async def _storm_at_the_job(
             given = (nodes.server.url, cluster.name, "map", name, str(items), json.dumps(more))
             return children.start("tests.cluster.streamer", *given)
 
-        for step in range(kills):
-            both = [start(name) for name in jobs]
-            for child in both:
-                await eventually(lambda c=child: c.said("begins"), timeout=20)
-            await asyncio.sleep(dice.uniform(0.05, 0.4))
-            if step == 0:
-                victims = [w for n in nodes.nodes.values() for w in n.workers()]
-                dice.choice(victims).kill()
-            if step == kills // 2:
-                nodes.server.kill()
-                await nodes.server.restart()
-            if node and step == kills - 1:
-                nodes.nodes[dice.choice(sorted(nodes.nodes))].kill_all()
-            for child in both:
-                child.kill()
-        last = {name: start(name) for name in jobs}
-        for child in last.values():
-            await eventually(
-                lambda c=child: c.said("over") or c.process.poll() is not None, timeout=90
-            )
-            assert child.said("over"), child.lines()
+        blows = _blows(nodes, dice, kills, node=node)
+        both = await asyncio.gather(
+            survived(lambda: start("folded"), dice, kills=kills, blows=blows, within=0.4),
+            survived(lambda: start("reduced"), dice, kills=kills, within=0.4),
+        )
+        last = dict(zip(jobs, both, strict=True))
+        for child in both:
+            await said(child, "over", timeout=90)
         found = {n: json.loads(c.said("result")[0].split(" ", 1)[1]) for n, c in last.items()}
     assert found["folded"] == _expected(items, 10)
     assert found["reduced"] == {"total": sum(range(items)), "chunks": items // 10}
