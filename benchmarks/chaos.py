@@ -1,13 +1,15 @@
 """`make chaos`: twenty minutes of rounds over many seeds, and the section of docs/reliability.md.
 
 Rounds take turns: everything at once on one broker, a flood of signals (which is where the
-millions come from), everything on three brokers, a flood again.
+millions come from), everything on three brokers, a flood again. ``--failover N`` measures single
+faults instead, N of each kind, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import secrets
 import sys
 import tempfile
@@ -17,10 +19,13 @@ from pathlib import Path
 
 import orjson
 
-from foundation_nats.chaos.campaign import Campaign, Options, run_campaign
+from foundation_nats import __version__
+from foundation_nats.chaos import failover, report
+from foundation_nats.chaos.campaign import Campaign, Options, commit, run_campaign
 from foundation_nats.chaos.report import markdown, replaced, summary
 
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
+FAILOVER = RESULTS.with_name("failover.json")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
 
 _FLOOD = Options(seconds=20, workloads=("counters",), rate=20)
@@ -45,15 +50,43 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _failover(per_kind: int, seed: int, *, write: bool) -> int:
+    """0 if every agent came back."""
+    found = {
+        "at": time.strftime("%Y-%m-%d", time.gmtime()),
+        "version": __version__,
+        "commit": commit(),
+        "cores": os.cpu_count(),
+        "seed": seed,
+        **failover.summary(asyncio.run(failover.measure(per_kind, seed=seed, say=_say))),
+    }
+    text = report.failover(found, f"make chaos CHAOS='--failover {per_kind}'")
+    print(text)
+    if write:
+        FAILOVER.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), text, mark="failover"))
+    return 1 if any(item["agents_not_back"] for item in found["nodes"].values()) else 0
+
+
 def main() -> int:
     """0 if every round passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=None, help="of the first round; +1 for each")
     parser.add_argument("--keep", type=Path, default=None, help="evidence of rounds that fail")
+    parser.add_argument(
+        "--failover",
+        type=int,
+        nargs="?",
+        const=5,
+        metavar="N",
+        help="measure single faults instead, N of each kind (5): some 2 minutes for each N",
+    )
     parser.add_argument("--write", action="store_true", help="update the results and the docs")
     chosen = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if chosen.seed is None else chosen.seed
+    if chosen.failover is not None:
+        return _failover(chosen.failover, seed, write=chosen.write)
     keep = chosen.keep or Path(tempfile.mkdtemp(prefix="foundation-chaos-"))
     campaign_found = asyncio.run(campaign(seed, chosen.minutes, keep))
     found = campaign_found.to_json()

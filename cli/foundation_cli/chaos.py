@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foundation_cli import render
 from foundation_cli.connection import Shared, load_config, resolve, run, with_shared
+
+if TYPE_CHECKING:
+    from foundation_nats.chaos.campaign import Options
 
 
 @with_shared
@@ -64,6 +67,32 @@ def chaos(
         Path | None,
         typer.Option(metavar="DIR", help="Keep histories and logs of rounds that don't pass here."),
     ] = None,
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="With --keep: those of rounds that pass, too.")
+    ] = False,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Run the plan in FILE, with the lab and the work that it names."
+        ),
+    ] = None,
+    minimise: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Cut the plan of a failing seed (or of --plan-file) down; writes seed-SEED.json.",
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int,
+        typer.Option(metavar="K", min=1, help="With --minimise: rounds per plan that must pass."),
+    ] = 3,
+    rejudge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Judge a kept round (DIR/seed-N) again; nothing is started."
+        ),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what the seed would do, and do nothing.")
     ] = False,
@@ -83,12 +112,16 @@ def chaos(
     from foundation_nats.chaos import faults as kinds
     from foundation_nats.chaos.attached import KILL_KINDS, SAFE_KINDS
     from foundation_nats.chaos.campaign import Options, run_campaign
+    from foundation_nats.chaos.plans import Plan
     from foundation_nats.chaos.report import summary
     from foundation_nats.chaos.workloads import WORKLOADS
     from foundation_nats.errors import ConfigError
 
     if faults:
         _list(shared)
+        return
+    if rejudge is not None:
+        _rejudge(shared, rejudge)
         return
     unknown = set(workload or ()) - WORKLOADS.keys()
     if unknown:
@@ -100,10 +133,19 @@ def chaos(
     if attach and chosen is None:
         chosen = SAFE_KINDS + (KILL_KINDS if start else ())
     number = random.randrange(1 << 32) if seed is None else seed
+    given = None if plan_file is None else Plan.load(plan_file)
+    if given is not None:
+        number = given.seed if seed is None else seed
+        seconds, nodes, brokers = given.seconds, given.nodes, given.brokers
+        rate, workload, rounds = given.rate, list(given.workloads), 1
+    if minimise is not None:
+        number = minimise
     try:
         planned = kinds.plan(number, seconds, kinds=chosen, brokers=brokers)
     except ValueError as error:
         raise ConfigError(f"{error}.", hint="`foundation chaos --list` explains them.") from error
+    if given is not None:
+        planned = list(given.faults)
     if plan:
         if not render.document(shared, [item.to_json() for item in planned]):
             render.write(f"seed {number}\n{kinds.describe(planned)}")
@@ -120,7 +162,12 @@ def chaos(
         attach=load_config(resolve(shared)) if attach else None,
         start=start,
         keep=keep,
+        keep_all=keep_all,
+        plan=None if given is None else given.faults,
     )
+    if minimise is not None:
+        _minimise(shared, number, options, repetitions)
+        return
 
     async def main() -> dict[str, Any]:
         campaign = await run_campaign(
@@ -138,6 +185,44 @@ def chaos(
     if not render.document(shared, found):
         render.write(summary(found))
     if not found["passed"]:
+        raise typer.Exit(render.FAILED)
+
+
+def _minimise(shared: Shared, seed: int, options: Options, repetitions: int) -> None:
+    from foundation_nats.chaos import faults
+    from foundation_nats.chaos.campaign import minimise
+    from foundation_nats.chaos.plans import as_json
+
+    found, wanted = run(lambda: minimise(seed, options, repetitions=repetitions, say=render.talk))
+    path = (options.keep or Path()) / f"seed-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path)
+    whole = {"plan": as_json(found), "found_by": wanted, "file": str(path)}
+    if not render.document(shared, whole):
+        render.write(
+            f"{found.why}\n{faults.describe(found.faults)}\n"
+            f"run it again with: foundation chaos --plan-file {path}"
+        )
+
+
+def _rejudge(shared: Shared, directory: Path) -> None:
+    from foundation_nats.chaos.campaign import rejudge
+
+    found = rejudge(directory)
+    if not render.document(shared, found.to_json()):
+        render.write(
+            "\n".join(
+                [
+                    f"seed {found.seed}: {found.verdict} {found.failure or found.void}".rstrip(),
+                    *(f"  {text}" for text in [*found.violations, *found.undecided]),
+                    *(
+                        f"  {item.checker} looked at {item.looked_at:,}"
+                        for item in found.judgements
+                    ),
+                ]
+            )
+        )
+    if found.verdict != "passed":
         raise typer.Exit(render.FAILED)
 
 

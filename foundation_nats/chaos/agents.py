@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import socket
 import time
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.handling import on
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import State as Stored
+from foundation_nats.base.clock import monotonic
 from foundation_schemas import RecoveredFrom
 
 
@@ -143,30 +145,42 @@ class Swap(BaseModel):
 
 
 class Register(Agent):
-    """One value: read, write, compare and set, by asks."""
+    """One value: read, write, compare and set, by asks.
+
+    Each answer says which activation gave it, and when it was at work.
+    """
 
     class State(Stored):
         """The value; None at first."""
 
         value: int | None = None
 
+    def _answer(self, value: Any) -> dict[str, Any]:
+        return {
+            "value": value,
+            "epoch": self.ctx.epoch,
+            "at_ns": int(monotonic() * 1e9),
+            "host": socket.gethostname(),
+        }
+
     @on("register.read")
-    async def read(self, signal: Signal[Any]) -> int | None:
+    async def read(self, signal: Signal[Any]) -> dict[str, Any]:
         """The value."""
-        return cast("int | None", self.state.value)
+        return self._answer(self.state.value)
 
     @on("register.write")
-    async def write(self, signal: Signal[int]) -> None:
+    async def write(self, signal: Signal[int]) -> dict[str, Any]:
         """Replace the value."""
         self.state.value = signal.data
+        return self._answer(None)
 
     @on("register.cas")
-    async def cas(self, signal: Signal[Swap]) -> bool:
+    async def cas(self, signal: Signal[Swap]) -> dict[str, Any]:
         """Replace the value if it is as expected; whether it was."""
         if self.state.value != signal.data.expected:
-            return False
+            return self._answer(False)
         self.state.value = signal.data.new
-        return True
+        return self._answer(True)
 
 
 class Item(BaseModel):

@@ -19,9 +19,9 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,43 +30,33 @@ import orjson
 import psutil
 
 from foundation_nats import Cluster, __version__
+from foundation_nats.api.refs import AgentInfo
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos import faults
 from foundation_nats.chaos.attached import Attached
-from foundation_nats.chaos.checkers import (
-    Judgement,
-    check_assignments,
-    check_capacity,
-    check_drift,
-    check_false_downs,
-    check_leadership,
-    check_records,
-)
-from foundation_nats.chaos.checkers.leadership import Disturbance
-from foundation_nats.chaos.gauges import ALLOWED, Gauges
-from foundation_nats.chaos.history import History, now_ns
+from foundation_nats.chaos.checkers import Judgement
+from foundation_nats.chaos.gauges import Gauges
+from foundation_nats.chaos.history import History
+from foundation_nats.chaos.judging import Kept, judge, plain, why_void
 from foundation_nats.chaos.lab import Lab
 from foundation_nats.chaos.nemesis import Done, Nemesis
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.observer import Observer, Seen
+from foundation_nats.chaos.plans import Plan, ddmin, signature
 from foundation_nats.chaos.workloads import WORKLOADS, Workload
 from foundation_nats.chaos.workloads.base import manifest_text
 from foundation_nats.chaos.workloads.churn import Churn
 from foundation_nats.config import Config
-from foundation_nats.errors import FoundationError
-from foundation_schemas import InspectReply
+from foundation_nats.errors import ConfigError, FoundationError
+from foundation_schemas import Deployment, InspectReply
 
 _UP_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
 _QUIET_BEFORE_S = 0.5
 _SAMPLES = 300
 """Of each gauge in a soak."""
-SLACK_S = 20.0
-"""How long after a disturbance a node may be declared down because of it: time to be
-silent, to be confirmed, and the grace after a disturbed bus."""
-
 _MOVING = ("node.kill", "manager.kill", "node.freeze", "leader.kill", "leader.freeze", "link.hold")
 """Faults that take a node's agents away, for the failover figures."""
 
@@ -84,6 +74,8 @@ class Options:
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     kinds: tuple[str, ...] | None = None
     """The sorts of faults; None: each seed draws its own."""
+    plan: tuple[faults.Fault, ...] | None = None
+    """The faults, instead of those that the seed draws."""
     rate: float = 1.0
     settle_s: float = 90.0
     """How long everything may take to arrive after the last fault."""
@@ -101,6 +93,8 @@ class Options:
     """The command that starts node ``{node}`` of an attached cluster."""
     keep: Path | None = None
     """Where histories and logs of rounds that did not pass are kept."""
+    keep_all: bool = False
+    """Keep those of rounds that passed, too."""
 
 
 @dataclass(slots=True)
@@ -186,6 +180,8 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
         brokers=options.brokers,
         pause_s=options.pause_s,
     )
+    if options.plan is not None:
+        plan = list(options.plan)
     report = Round(seed, options, plan)
     begun = monotonic()
     lab: Lab | Attached = (
@@ -197,8 +193,6 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
     try:
         async with lab:
             await _under_trouble(lab, report, history, say)
-            if options.keep is not None and report.verdict != "passed":
-                await _keep(options.keep, lab, report, history)
             if isinstance(lab, Attached):
                 await lab.remove(
                     [entry["name"] for entry in _entries(report)] + Churn.deployments()
@@ -294,10 +288,10 @@ async def _under_trouble(lab: Lab | Attached, report: Round, history: History, s
         report.settled_s = monotonic() - healed
         report.failovers = _failovers(nemesis.done, before, observer)
         report.memory_mb = _memory(lab)
-        await _judge(lab, report, workloads, history, observer)
-        if options.soak:
-            report.judgements.append(check_drift(gauges.series(), ALLOWED))
-    _void(report, history)
+        kept = await _collect(lab, report, workloads, gauges)
+        _judge(report, kept, workloads, history, observer)
+        if options.keep is not None and (options.keep_all or report.verdict != "passed"):
+            await _keep(options.keep, lab, report, kept, history, observer)
 
 
 async def _note_homes(
@@ -355,24 +349,6 @@ async def not_once(eye: Cluster) -> str | None:
     """Which agent does not run exactly once, and has no reason not to; None: all do (invariant 6)."""
     infos = await eye.agents.list()
     wishes = await eye.deployments.wishes()
-    wanted = {
-        agent
-        for wish in wishes.values()
-        for agent in (
-            [wish.name]
-            if wish.replicas is None
-            else [f"{wish.name}-{number}" for number in range(wish.replicas)]
-        )
-    }
-    known = {info.id for info in infos}
-    if wanted != known:
-        return f"registered but not wanted, or the reverse: {sorted(wanted ^ known)[:5]}"
-    expected: Counter[tuple[str, int]] = Counter()
-    for info in infos:
-        if info.status == "running":
-            expected[info.id, info.epoch] = 1
-        elif info.status not in ("pending", "failed") or not info.reason:
-            return f"{info.id} is {info.status} ({info.reason})"
     hosted: Counter[tuple[str, int]] = Counter()
     for node in await eye.nodes.list():
         if node.status == "down":
@@ -380,8 +356,32 @@ async def not_once(eye: Cluster) -> str | None:
         subject = eye.subjects.control_node(node.name, "inspect")
         reply = await rpc.call(eye.bus, subject, None, InspectReply, timeout=5)
         hosted.update(reply.agents.items())
-    if hosted != expected:
-        return f"in memory {dict(hosted - expected)}, but not {dict(expected - hosted)}"
+    return who_is_not_once(infos, wishes.values(), hosted)
+
+
+def who_is_not_once(
+    infos: Collection[AgentInfo],
+    wishes: Iterable[Deployment],
+    hosted: Mapping[tuple[str, int], int],
+) -> str | None:
+    """Compare the registry, the wishes and what is in memory; pure.
+
+    Args:
+        hosted: (agent, epoch) to how many workers have it, awake or asleep.
+    """
+    wanted = {agent for wish in wishes for agent in wish.agent_ids()}
+    known = {info.id for info in infos}
+    if wanted != known:
+        return f"registered but not wanted, or the reverse: {sorted(wanted ^ known)[:5]}"
+    expected: Counter[tuple[str, int]] = Counter()
+    for info in infos:
+        if info.is_running:
+            expected[info.id, info.epoch] = 1
+        elif info.status not in ("pending", "failed") or not info.reason:
+            return f"{info.id} is {info.status} ({info.reason})"
+    found = Counter(hosted)
+    if found != expected:
+        return f"in memory {dict(found - expected)}, but not {dict(expected - found)}"
     return None
 
 
@@ -418,56 +418,61 @@ def _memory(lab: Lab | Attached) -> dict[str, float]:
     return found
 
 
-async def _judge(
+async def _collect(
+    lab: Lab | Attached, report: Round, workloads: Sequence[Workload], gauges: Gauges
+) -> Kept:
+    options = report.options
+    return Kept(
+        report.seed,
+        list(options.workloads),
+        options.rate,
+        options.operations_min,
+        report.faults,
+        plain({workload.name: await workload.collect(lab.eye) for workload in workloads}),
+        gauges.series() if options.soak else None,
+        report.failure,
+        report.settled_s,
+    )
+
+
+def _judge(
+    report: Round, kept: Kept, workloads: Sequence[Workload], history: History, seen: Seen
+) -> None:
+    report.judgements = judge(kept, workloads, history, seen)
+    report.false_downs = sum(
+        item.violations_count for item in report.judgements if item.checker == "false downs"
+    )
+    report.void = why_void(kept, workloads, history, report.judgements)
+
+
+def rejudge(directory: Path) -> Round:
+    """Judge a kept round again, by the checkers of this version; nothing is started.
+
+    Raises:
+        ConfigError: *directory* holds none that this version can read.
+    """
+    kept, history, seen = Kept.load(directory)
+    options = Options(
+        workloads=tuple(kept.workloads), rate=kept.rate, operations_min=kept.operations_min
+    )
+    report = Round(kept.seed, options, [item.fault for item in kept.faults])
+    report.faults, report.failure, report.settled_s = kept.faults, kept.failure, kept.settled_s
+    _count(report, history)
+    _judge(report, kept, kept.works(), history, seen)
+    return report
+
+
+async def _keep(
+    directory: Path,
     lab: Lab | Attached,
     report: Round,
-    workloads: Sequence[Workload],
+    kept: Kept,
     history: History,
-    observer: Observer,
+    seen: Seen,
 ) -> None:
-    for workload in workloads:
-        for judgement in await workload.judge(lab.eye, history, observer):
-            judgement.checker = f"{workload.name}/{judgement.checker}"
-            report.judgements.append(judgement)
-    disturbances = [
-        Disturbance(node, item.begin_ns / 1e9, item.end_ns / 1e9)
-        for item in report.faults
-        for node in item.touches
-    ]
-    report.judgements += [
-        check_records(observer.records),
-        check_assignments(observer.assignments),
-        check_leadership(observer.leases),
-        check_capacity(observer.assignments, observer.capacity),
-        check_false_downs(observer.downs, disturbances, slack_s=SLACK_S),
-    ]
-    report.false_downs = report.judgements[-1].violations_count
-
-
-def _void(report: Round, history: History) -> None:
-    done = [item for item in report.faults if not item.skipped]
-    ended = report.operations["ok"]
-    overlapped = sum(
-        1
-        for item in done
-        if any(
-            operation.invoked_ns <= item.end_ns + 1_000_000_000
-            and (operation.completed_ns or now_ns()) >= item.begin_ns
-            for operation in history.operations
-        )
-    )
-    if ended < report.options.operations_min:
-        report.void = f"only {ended} operations ended well"
-    elif not done:
-        report.void = "no fault did anything"
-    elif not overlapped:
-        report.void = "no operation overlapped a fault"
-
-
-async def _keep(directory: Path, lab: Lab | Attached, report: Round, history: History) -> None:
     target = directory / f"seed-{report.seed}"
     target.mkdir(parents=True, exist_ok=True)
-    history.save(target / "history.jsonl")
+    kept.save(target, history, seen)
     (target / "plan.txt").write_text(faults.describe(report.plan) + "\n")
     for name in lab.names:
         (target / f"{name}.log").write_bytes(lab.node(name).log.read_bytes())
@@ -490,6 +495,71 @@ async def _keep(directory: Path, lab: Lab | Attached, report: Round, history: Hi
     )
     (target / "report.txt").write_text(
         "\n".join([report.verdict, report.failure, *report.violations])
+    )
+
+
+# ---- cutting a plan down ----------------------------------------------------------
+
+
+async def minimise(
+    seed: int, options: Options, *, repetitions: int = 3, say: Say = lambda _: None
+) -> tuple[Plan, str]:
+    """The fewest faults of the seed's (or the given) plan that still show what it showed, and what.
+
+    Each candidate is run up to *repetitions* times, until a round fails in the same way: by
+    the same checker, or outside the checkers. So is the whole plan at first.
+
+    Raises:
+        ConfigError: the whole plan never failed.
+    """
+    wanted = ""
+    why = ""
+
+    async def fails(candidate: Sequence[faults.Fault]) -> bool:
+        nonlocal wanted, why
+        for _ in range(repetitions):
+            # Fewer faults take less time, and what is too quiet may fail all the same.
+            found = await run_round(
+                seed, replace(options, plan=tuple(candidate), operations_min=0, keep=None)
+            )
+            shown = signature(found.violations, found.failure)
+            if shown and shown == (wanted or shown):
+                wanted, why = shown, (found.violations or [found.failure])[0]
+                say(f"{len(candidate)} faults fail: {why}")
+                return True
+        say(f"{len(candidate)} faults: passed {repetitions} times")
+        return False
+
+    whole = options.plan
+    if whole is None:
+        whole = tuple(
+            faults.plan(
+                seed,
+                options.seconds,
+                kinds=options.kinds,
+                brokers=options.brokers,
+                pause_s=options.pause_s,
+            )
+        )
+    if not await fails(whole):
+        raise ConfigError(
+            f"The plan of seed {seed} did not fail in {repetitions} rounds.",
+            hint="Repeat it more often with --repetitions.",
+        )
+    left = await ddmin(whole, fails)
+    return (
+        Plan(
+            tuple(left),
+            seed,
+            options.seconds,
+            options.nodes,
+            options.brokers,
+            options.workloads,
+            options.rate,
+            why,
+            os.environ.get("FOUNDATION_TEST_BUG", ""),
+        ),
+        wanted,
     )
 
 
@@ -516,7 +586,7 @@ class Campaign:
                 by_fault.setdefault(kind, []).append(seconds)
         return {
             "version": __version__,
-            "commit": _commit(),
+            "commit": commit(),
             "at": time.strftime("%Y-%m-%d", time.gmtime()),
             "cores": os.cpu_count(),
             "rounds": len(self.rounds),
@@ -596,7 +666,8 @@ def _percentiles(values: Collection[float]) -> dict[str, float]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout; empty: it is none."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -611,4 +682,14 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-__all__ = ["Campaign", "Options", "Round", "not_once", "run_campaign", "run_round"]
+__all__ = [
+    "Campaign",
+    "Options",
+    "Round",
+    "commit",
+    "minimise",
+    "not_once",
+    "rejudge",
+    "run_campaign",
+    "run_round",
+]

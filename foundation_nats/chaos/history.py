@@ -41,10 +41,12 @@ class Operation:
     outcome: Outcome = "unknown"
     result: Any = None
     error: str | None = None
+    by: Any = None
+    """Who answered, and when, where the answer tells."""
 
-    def ok(self, result: Any = None) -> None:
+    def ok(self, result: Any = None, by: Any = None) -> None:
         """It happened, with this result."""
-        self.completed_ns, self.outcome, self.result = now_ns(), "ok", result
+        self.completed_ns, self.outcome, self.result, self.by = now_ns(), "ok", result, by
 
     def ended(self, error: FoundationError) -> None:
         """It raised; the error knows whether it may have happened."""

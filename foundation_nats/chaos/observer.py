@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import orjson
+from pydantic import TypeAdapter
 
 from foundation_nats import Cluster
 from foundation_nats.base.clock import monotonic
@@ -25,10 +28,9 @@ _HEAD_MAX = 1024
 
 
 @dataclass(slots=True)
-class Observer:
-    """What was seen, in order."""
+class Seen:
+    """What was seen, in order: plain values, which a file can keep."""
 
-    cluster: Cluster
     watch_state: bool = True
     """State records are large: a busy round leaves them out."""
     assignments: list[AssignmentSeen] = field(default_factory=list)
@@ -37,10 +39,40 @@ class Observer:
     downs: list[DownSeen] = field(default_factory=list)
     ledgers: list[LedgerSeen] = field(default_factory=list)
     capacity: dict[str, dict[str, float]] = field(default_factory=dict)
-    homes: dict[str, AssignmentSeen] = field(default_factory=dict)
-    """Agent to its newest record."""
-    running: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """Agent to (when it was seen running, epoch), in order."""
+
+    def save(self, path: Path) -> None:
+        """Write as JSON lines: which list, and the next item of it."""
+        with path.open("wb") as file:
+            for item in fields(Seen):
+                value = getattr(self, item.name)
+                for one in value if isinstance(value, list) else [value]:
+                    file.write(orjson.dumps({"what": item.name, "value": one}) + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Seen:
+        """Read what `save` wrote."""
+        found: dict[str, Any] = {}
+        lists = {item.name for item in fields(Seen) if item.default_factory is list}
+        with path.open("rb") as file:
+            for line in file:
+                item = orjson.loads(line)
+                if item["what"] in lists:
+                    found.setdefault(item["what"], []).append(item["value"])
+                else:
+                    found[item["what"]] = item["value"]
+        return TypeAdapter(Seen).validate_python(found)
+
+
+class Observer(Seen):
+    """Watches from `open` on."""
+
+    def __init__(self, cluster: Cluster, *, watch_state: bool = True) -> None:
+        super().__init__(watch_state)
+        self.cluster = cluster
+        self.homes: dict[str, AssignmentSeen] = {}
+        """Agent to its newest record."""
+        self.running: dict[str, list[tuple[int, int]]] = {}
+        """Agent to (when it was seen running, epoch), in order."""
 
     async def open(self, scope: TaskScope, timeout: float = 10.0) -> None:
         """Begin to watch, until *scope* closes."""

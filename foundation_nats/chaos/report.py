@@ -84,13 +84,75 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
     return "\n".join(lines)
 
 
-def replaced(text: str, section: str) -> str:
-    """*text* with *section* between the marks.
+def failover(found: Mapping[str, Any], command: str) -> str:
+    """The section about single faults; *found* as `chaos.failover.summary` says, with its circumstances."""
+    nodes, brokers = found["nodes"], found["brokers"]
+    lines = [
+        f"{found['at']}, version {found['version']} ({found['commit']}), {found['cores']} cores that "
+        "other work was using, too: one fault at a time on a cluster at rest, three nodes, twelve "
+        f"agents, default timers. Repeat it with `{command}`. Seconds from the fault, median and "
+        "worst of *n*; so few say what is usual, and little about what is rare.",
+        "",
+        "| fault | n | declared down | the last of its agents runs | and answers "
+        "| agents not back |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(
+            f"| {item['what']} | {item['faults']} | {_both(item['verdict_s'])} "
+            f"| {_both(item['running_s'])} | {_both(item['answers_s'])} "
+            f"| {item['agents_not_back']} of {item['agents']} |"
+            for item in nodes.values()
+        ),
+        "",
+        f"*Not back*: no answer within {found['patience_s']:g} s. A worker that is killed is started "
+        "again by its node, which is not declared down.",
+        "",
+        "| fault | brokers | n | no receipt for | no answer for | agents moved |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(
+            f"| {item['what']} | {item['brokers']} | {item['faults']} | {_both(item['write_s'])} "
+            f"| {_both(item['ask_s'])} | {item['moved']} |"
+            for item in brokers.values()
+        ),
+        "",
+        "A broker that is killed or stopped stays away for 3 s.",
+    ]
+    return "\n".join(lines)
+
+
+def _both(spread: Mapping[str, float]) -> str:
+    if not spread["n"]:
+        return "–"
+    return f"{spread['p50']:.2f} / {spread['max']:.2f} s"
+
+
+def soak(found: Mapping[str, Any], command: str) -> str:
+    """The section about a soak; *found* is a campaign of one round with ``gains``."""
+    run = found["gains"]
+    lines = [
+        f"{found['at']}, version {found['version']} ({found['commit']}), {found['cores']} cores that "
+        f"other work was using, too; {found['seconds'] / 60:.0f} minutes, {found['receipts']:,} "
+        f"receipted signals under {found['faults']} faults. Repeat it with `{command}`.",
+        "",
+        "| what | series | largest at the beginning | largest gain | allowed there | verdict |",
+        "|---|--:|--:|--:|--:|---|",
+        *(
+            f"| {item['unit']} | {item['series']} | {item['base']:,.1f} | {item['gain']:+,.1f} "
+            f"({item['name']}) | {item['allowed']:,.1f} "
+            f"| {'grows' if item['grows'] else 'does not grow'} |"
+            for item in run
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, section: str, *, mark: str = "chaos") -> str:
+    """*text* with *section* between the marks of that name.
 
     Raises:
         ValueError: the marks are not there.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the text has no {BEGIN} … {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the text has no {begin} … {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"

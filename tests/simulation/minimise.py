@@ -1,12 +1,13 @@
 """Cuts a failing story down to the events that it needs to break the same invariant, and stores it.
 
-Pure, but for `save` and `load`. Dropping an event shifts every later roll of the
+Pure, but for `save`, `keep_failing` and `load`. Dropping an event shifts every later roll of the
 dice, so a shorter story is also tried under a few other seeds; what is found is
 a story that fails by itself, not a part of the first run.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.simulation.world import Bug, Invariant, ViolationError, broken, run
 
 STORIES = Path(__file__).parent / "stories"
 _SEEDS = 8
+_KEEP_RUNS_MAX = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,17 @@ def save(name: str, story: Story, note: str, *, folder: Path = STORIES) -> Path:
     path.write_text(story.to_json() + "\n")
     path.with_suffix(".txt").write_text(f"{note}\n\n{story.text()}\n")
     return path
+
+
+def keep_failing(
+    story: Story, error: ViolationError, *, missing: frozenset[Bug] = frozenset()
+) -> Path:
+    """Store a failing story, cut down as far as a minute allows, in a folder that nobody deletes."""
+    found = minimise(story, error.invariant, missing=missing, runs_max=_KEEP_RUNS_MAX)
+    folder = Path(tempfile.mkdtemp(prefix="foundation-simulation-"))
+    without = tuple(sorted(bug.name for bug in missing))
+    note = f"Cut down from seed {story.seed}, where it was:\n{error}\nhere:\n{found.error}"
+    return save(f"seed-{story.seed}", replace(found.story, without=without), note, folder=folder)
 
 
 def load(path: Path) -> Story:

@@ -11,7 +11,7 @@ this. Change both together.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Literal, cast
 
@@ -205,7 +205,7 @@ class Node:
         self.pumps: set[str] = set()
         # membership
         self.incarnation = 0
-        self._detector = _new_detector()
+        self._detector = _new_detector(self.world)
         self._records: dict[str, NodeRecord] = {}
         self._heard: dict[str, Beat | None] = {}
         self._down: dict[str, int] = {}
@@ -636,7 +636,7 @@ class Node:
 
     def _forget_verdicts(self) -> None:
         """Judge everybody anew, but for those whose end is sealed."""
-        self._detector = _new_detector()
+        self._detector = _new_detector(self.world)
         self._died_leading = None
         self._opinions.clear()
         self._down = {self.name: self.incarnation - 1, **self._sealed}
@@ -1451,6 +1451,12 @@ class Node:
                 nodes[name] = missing_node(name, incarnation)
             else:
                 soonest = due - now if soonest is None else min(due - now, soonest)
+        if Bug.OVERBOOKS in self.world.missing:
+            plenty = {"slots": 99.0}
+            nodes = {
+                name: replace(view, record=view.record.model_copy(update={"capacity": plenty}))
+                for name, view in nodes.items()
+            }
         return nodes, soonest
 
     # ---- host ---------------------------------------------------------------------------
@@ -1903,10 +1909,12 @@ class Node:
                 self._report(agent, epoch, AgentStatus.STOPPED, reason)
 
 
-def _new_detector() -> LivenessDetector:
+def _new_detector(world: World) -> LivenessDetector:
+    impatient = Bug.NO_PATIENCE in world.missing
+    down_after_s = LIVENESS.heartbeat_interval_s if impatient else LIVENESS.down_after_s
     return LivenessDetector(
-        suspect_after_s=LIVENESS.suspect_after_s,
-        down_after_s=LIVENESS.down_after_s,
+        suspect_after_s=min(LIVENESS.suspect_after_s, down_after_s / 2),
+        down_after_s=down_after_s,
         bus_grace_s=LIVENESS.bus_grace_s,
         storm_fraction=LIVENESS.storm_fraction,
         storm_hold_s=STORM_HOLD_S,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.minimise import STORIES, load, minimise, save, transcript
+from tests.simulation.minimise import (
+    STORIES,
+    keep_failing,
+    load,
+    minimise,
+    save,
+    transcript,
+)
 from tests.simulation.story import Kind, Story, generate
 from tests.simulation.world import Bug, Invariant, Report, ViolationError, World, broken, run
 
@@ -30,12 +38,13 @@ def _told(story: Story) -> Report:
     try:
         return run(story)
     except ViolationError as error:
+        kept = keep_failing(story, error)
         pytest.fail(
             f"seed {story.seed} breaks an invariant: {error}\n"
-            f"see it with: python -m tests.simulation {story.seed}\n"
-            f"repeat it with: pytest tests/simulation --seed {story.seed}\n"
-            f"shorten it with: python -m tests.simulation --minimise {story.seed}\n\n"
-            f"{story.text()}\n\n{transcript(story)}",
+            f"cut down and kept: {kept} (move it to {STORIES} to repeat it on every run)\n"
+            f"see it with: python -m tests.simulation {kept}\n"
+            f"repeat the whole with: pytest tests/simulation --seed {story.seed}\n\n"
+            f"{load(kept).text()}\n\n{transcript(load(kept))}",
             pytrace=False,
         )
 
@@ -77,7 +86,16 @@ def test_stories_that_once_broke_an_invariant_end_well(path: Path) -> None:
 def test_stories_still_break_what_they_once_broke_without_the_safeguard(path: Path) -> None:
     """A story that would end well without its safeguard proves nothing any more."""
     story = load(path)
-    assert broken(story, missing=frozenset(Bug[name] for name in story.without)) is not None
+    bugs = frozenset(Bug[name] for name in story.without)
+    assert broken(story, missing=bugs) is not None
+    _needs_all(story, bugs)
+
+
+def _needs_all(story: Story, bugs: frozenset[Bug]) -> None:
+    """With any one of the safeguards back in its place the story ends well."""
+    for bug in bugs:
+        error = broken(story, missing=bugs - {bug})
+        assert error is None, f"{bug.name} makes no difference to seed {story.seed}: {error}"
 
 
 def test_the_same_story_ends_the_same_way() -> None:
@@ -109,10 +127,21 @@ _PLANTED = [
     (Invariant.CONVERGES, 30, {Bug.RETURNS_AS_BEFORE}),
     (Invariant.ONE_ANSWERS, 375, {Bug.STOP_MISSES_CLAIM}),
     (Invariant.NO_SPINNING, 0, {Bug.SPINS}),
+    (Invariant.NO_SLANDER, 0, {Bug.NO_PATIENCE}),
+    (Invariant.CAPACITY, 0, {Bug.OVERBOOKS}),
     # One safeguard covers for the other: only without both it goes wrong soon.
     (Invariant.ONE_ANSWERS, 0, {Bug.ECHOES_FOR_EVER, Bug.RESTORES_UNREAD}),
+    (Invariant.EPOCHS_GROW, 986, {Bug.LATE_MOVES, Bug.SKIPS_EPOCH_CHECK}),
 ]
 """What is noticed, from which seed on to look (to save time), and what is taken away."""
+
+
+def test_every_safeguard_is_put_to_the_test() -> None:
+    """By seeds, or, where luck would take too long, by a story that was kept; and every invariant."""
+    by_seeds = {bug for _, _, bugs in _PLANTED for bug in bugs}
+    by_stories = {Bug[name] for path in _STILL_BREAKING for name in load(path).without}
+    assert by_seeds | by_stories == set(Bug)
+    assert {invariant for invariant, _, _ in _PLANTED} == set(Invariant)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +152,10 @@ _PLANTED = [
 def test_planted_bugs_are_found(invariant: Invariant, first: int, bugs: set[Bug]) -> None:
     """Each safeguard that is taken away is missed by a named invariant within a few hundred seeds."""
     for seed in range(first, first + 500):
-        error = broken(generate(seed), missing=frozenset(bugs))
+        story = generate(seed)
+        error = broken(story, missing=frozenset(bugs))
         if error is not None and error.invariant is invariant:
+            _needs_all(story, frozenset(bugs))
             return
     pytest.fail(f"500 seeds went well without {', '.join(bugs)}")
 
@@ -147,6 +178,22 @@ def test_a_failing_story_is_cut_down_to_what_it_needs(tmp_path: Path) -> None:
     assert error.invariant is Invariant.ONE_NODE_PER_EPOCH
     assert "why it is kept" in path.with_suffix(".txt").read_text()
     assert broken(found.story) is None
+
+
+def test_a_failing_seed_is_kept_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut down, in a folder that outlives the run, with what it broke."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    missing = frozenset({Bug.KEEPS_EPOCH})
+    story = next(s for s in map(generate, range(50)) if broken(s, missing=missing) is not None)
+    error = broken(story, missing=missing)
+    assert error is not None
+    path = keep_failing(story, error, missing=missing)
+    assert path.is_relative_to(tmp_path)
+    assert len(load(path).faults) <= len(story.faults)
+    again = broken(load(path), missing=missing)
+    assert again is not None
+    assert again.invariant is error.invariant
+    assert f"seed {story.seed}" in path.with_suffix(".txt").read_text()
 
 
 def test_a_story_that_ends_well_can_not_be_cut_down() -> None:

@@ -83,6 +83,8 @@ class Bug(StrEnum):
     RENEWS_UNSEEN = "a renewed lease is no sign of life of its holder"
     RESTORES_UNREAD = "a right that had lapsed comes back without a look at the records"
     LATE_MOVES = "who is late to start is placed elsewhere while its node may run it after all"
+    NO_PATIENCE = "a node is declared down when one heartbeat is late"
+    OVERBOOKS = "the planner does not look at what a node has left"
     SPINS = "the reconciler comes back at once after each pass"
 
 

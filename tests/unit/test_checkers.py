@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foundation_nats.chaos.checkers import (
+    check_answers,
     check_assignments,
     check_capacity,
     check_conserved,
@@ -244,6 +245,28 @@ def test_a_write_that_failed_must_not_be_seen() -> None:
     """``fail`` is a promise."""
     failed = op("write", 7, None, 0, 5, "fail")
     assert not check_linearizable([failed, op("read", None, 7, 10, 11)]).is_clean
+
+
+def answer(at_ns: int, epoch: int, host: str = "h", outcome: str = "ok") -> Operation:
+    """An ask that was answered by an activation at work at that instant."""
+    by = {"epoch": epoch, "at_ns": at_ns, "host": host}
+    return Operation("p", "read", "k", None, at_ns - 1, at_ns + 1, outcome, None, None, by)  # type: ignore[arg-type]
+
+
+def test_one_activation_after_the_other_answers() -> None:
+    """In whatever order the answers arrived; other machines' clocks are not compared."""
+    sound = [answer(20, 2), answer(10, 1), answer(21, 2), answer(5, 2, "other")]
+    judgement = check_answers([*sound, answer(30, 1, outcome="unknown")])
+    assert judgement.is_clean
+    assert judgement.looked_at == 4
+
+
+def test_two_activations_that_answer_at_once_are_found() -> None:
+    """The old one was at work after the new one had begun to answer, and its caller got the answer."""
+    judgement = check_answers([answer(10, 1), answer(20, 2), answer(25_000_020, 1), answer(30, 2)])
+    assert judgement.violations == [
+        "k answered under epoch 1 25.0 ms after it had answered under epoch 2"
+    ]
 
 
 def test_compare_and_set_succeeds_once() -> None:

@@ -5,6 +5,7 @@ whether it looked at everything. None decides on incomplete knowledge in the
 system's favour: what it could not decide it says.
 """
 
+from foundation_nats.chaos.checkers.answers import check_answers
 from foundation_nats.chaos.checkers.capacity import check_capacity
 from foundation_nats.chaos.checkers.drift import Allowance, Series, check_drift
 from foundation_nats.chaos.checkers.effects import check_effects, check_order
@@ -22,6 +23,7 @@ __all__ = [
     "Judgement",
     "Series",
     "Tally",
+    "check_answers",
     "check_assignments",
     "check_capacity",
     "check_conserved",

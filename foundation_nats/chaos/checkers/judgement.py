@@ -23,6 +23,8 @@ class Judgement:
     looked_at: int = 0
     undecided: list[str] = field(default_factory=list)
     """What it could not decide, and why."""
+    may_be_idle: bool = False
+    """Whether a sound round may show it nothing; another judge that saw nothing makes its round void."""
 
     @property
     def violations_count(self) -> int:

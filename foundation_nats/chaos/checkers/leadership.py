@@ -58,7 +58,7 @@ def check_false_downs(
     downs: Iterable[DownSeen], disturbances: Iterable[Disturbance], *, slack_s: float
 ) -> Judgement:
     """A node declared down was disturbed at most *slack_s* before; the harness knows what it broke."""
-    judgement = Judgement("false downs", 10)
+    judgement = Judgement("false downs", 10, may_be_idle=True)
     known = list(disturbances)
     for down in downs:
         judgement.looked_at += 1

@@ -6,14 +6,14 @@ All three leave lists of keys in states, and share their judge.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_effects, check_order
-from foundation_nats.chaos.history import History, Operation
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.history import History
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import (
     Workload,
     dead_keys,
@@ -74,11 +74,6 @@ class _Lists(Workload):
                 return
             await asyncio.sleep(self.pause_s(self.base_pause_s))
 
-    def mine(self, history: History) -> list[Operation]:
-        """The operations of this workload."""
-        prefix = f"{self.name}."
-        return [item for item in history.operations if item.process.startswith(prefix)]
-
     async def missing(self, eye: Cluster, history: History) -> str | None:
         """Which receipted keys are neither applied nor dead yet."""
         receivers = self.receivers()
@@ -91,20 +86,23 @@ class _Lists(Workload):
                 for agent in receivers[operation.key]:
                     wanted.setdefault(agent, set()).add(operation.value)
         for agent, keys in wanted.items():
-            lacking = keys - set(applied[agent].get("applied", ())) - buried.get(agent, set())
+            lacking = keys - set(applied[agent].get("applied", ())) - set(buried.get(agent, ()))
             if lacking:
                 return f"{agent} lacks {len(lacking)} of {len(keys)}, such as {min(lacking)}"
         return None
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """Everybody's list, and the dead letters."""
+        everybody = sorted({agent for group in self.receivers().values() for agent in group})
+        return {"states": await states(eye, everybody), "dead": await dead_keys(eye)}
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Exactly once, in each sender's order."""
         receivers = self.receivers()
-        everybody = sorted({agent for group in receivers.values() for agent in group})
-        found = await states(eye, everybody)
-        applied = {agent: state.get("applied", []) for agent, state in found.items()}
+        applied = {agent: state.get("applied", []) for agent, state in found["states"].items()}
         mine = self.mine(history)
         return [
-            check_effects(mine, applied, receivers, dead=await dead_keys(eye)),
+            check_effects(mine, applied, receivers, dead=found["dead"]),
             check_order(mine, applied, receivers),
         ]
 
@@ -214,6 +212,6 @@ class Fanout(_Lists):
             }
         ]
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Exactly once; no order is promised across an expansion."""
-        return (await super().judge(eye, history, observer))[:1]
+        return super().judge(found, history, seen)[:1]

@@ -11,10 +11,11 @@ from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_conserved, check_cut, check_effects
 from foundation_nats.chaos.checkers.money import Account, Cut
 from foundation_nats.chaos.history import History
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import (
     Workload,
     in_parallel,
+    plain,
     send_until_receipted,
     states,
 )
@@ -108,16 +109,23 @@ class Bank(Workload):
                     return f"{peer} lacks {amount - arrived} from {account.name}"
         return None
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """The accounts, and what the auditor saw."""
+        return {"states": await states(eye, self.names()), "cuts": plain(self.cuts)}
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Every order executed once, every cut sound, the end exact."""
-        found = await states(eye, self.names())
-        mine = [item for item in history.operations if item.process.startswith("bank.")]
-        applied = {name: state.get("applied", []) for name, state in found.items()}
+        applied = {name: state.get("applied", []) for name, state in found["states"].items()}
+        cuts = [Cut(_read_accounts(c["first"]), _read_accounts(c["second"])) for c in found["cuts"]]
         return [
-            check_effects(mine, applied, {name: [name] for name in self.names()}),
-            check_cut(self.cuts),
-            check_conserved(_accounts(found)),
+            check_effects(self.mine(history), applied, {name: [name] for name in self.names()}),
+            check_cut(cuts),
+            check_conserved(_accounts(found["states"])),
         ]
+
+
+def _read_accounts(found: Mapping[str, Any]) -> dict[str, Account]:
+    return {name: Account(**fields) for name, fields in found.items()}
 
 
 def _accounts(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Account]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import orjson
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement
-from foundation_nats.chaos.history import History
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.history import History, Operation
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.errors import FoundationError
 
 _AGAIN_S = 0.05
@@ -24,13 +25,16 @@ class Workload(ABC):
     """One kind of work.
 
     `run` returns when *stopping* is set and its clients have ended. `missing` says
-    what has not arrived yet, until nothing is; then `judge` decides. All three
-    may be called while the cluster is in any condition.
+    what has not arrived yet, until nothing is; then `collect` reads what there is
+    to judge, and `judge` decides. The first three may be called while the cluster
+    is in any condition; the last is pure, so that a kept history can be judged again.
     """
 
     name: ClassVar[str]
     functions: ClassVar[tuple[str, ...]]
     """The `f` of its operations."""
+    operations_min: ClassVar[int] = 10
+    """With fewer operations that ended well it has shown nothing, and the round is void."""
 
     def __init__(self, seed: int, *, rate: float = 1.0) -> None:
         self.chance = random.Random(f"{self.name}-{seed}")
@@ -51,9 +55,18 @@ class Workload(ABC):
         """What must still happen before judging; None: nothing."""
         return None
 
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """What `judge` needs beside the history, as plain values: stored states, and what clients noted."""
+        return {}
+
     @abstractmethod
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
-        """Decide, once nothing is missing."""
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
+        """Decide. *found* is what `collect` returned, perhaps written and read as JSON meanwhile."""
+
+    def mine(self, history: History) -> list[Operation]:
+        """Its operations: its clients are named after it."""
+        prefix = f"{self.name}."
+        return [item for item in history.operations if item.process.startswith(prefix)]
 
     def pause_s(self, base: float) -> float:
         """A pause around *base* seconds at rate 1."""
@@ -107,14 +120,19 @@ async def states(eye: Cluster, agents: Sequence[str]) -> dict[str, dict[str, Any
     return found
 
 
-async def dead_keys(eye: Cluster) -> dict[str, set[str]]:
+async def dead_keys(eye: Cluster) -> dict[str, list[str]]:
     """Agent to the keys of signals in its dead letters."""
     found: dict[str, set[str]] = {}
     for entry in await eye.dead.list(limit=100_000):
         data = (entry.letter.signal or {}).get("data")
         if isinstance(data, Mapping) and "key" in data:
             found.setdefault(entry.letter.agent, set()).add(str(data["key"]))
-    return found
+    return {agent: sorted(keys) for agent, keys in found.items()}
+
+
+def plain(items: Iterable[Any]) -> list[dict[str, Any]]:
+    """Dataclasses as plain values, for `Workload.collect`."""
+    return [asdict(item) for item in items]
 
 
 async def in_parallel(loops: Sequence[Callable[[], Awaitable[None]]]) -> None:

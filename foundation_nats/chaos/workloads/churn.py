@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_assignments
 from foundation_nats.chaos.history import History
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import Workload, manifest_text
 
 _NAMES = ("churn-a", "churn-b", "churn-c")
@@ -21,6 +21,7 @@ class Churn(Workload):
 
     name = "churn"
     functions = ("deploy", "scale", "delete")
+    operations_min = 3
 
     def manifest(self) -> list[dict[str, Any]]:
         """None at first."""
@@ -68,6 +69,6 @@ class Churn(Workload):
         """What it may leave behind."""
         return list(_NAMES)
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Every epoch had one home. (Capacity and convergence are judged for the whole round.)"""
-        return [check_assignments(observer.assignments)]
+        return [check_assignments(seen.assignments)]

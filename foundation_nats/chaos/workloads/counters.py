@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, Tally, check_tallies
-from foundation_nats.chaos.history import History, Operation
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.history import History
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import (
     Workload,
     in_parallel,
@@ -90,12 +90,13 @@ class Counters(Workload):
                 return
             await asyncio.sleep(self.pause_s(self.base_pause_s))
 
-    def _mine(self, history: History) -> list[Operation]:
-        return [item for item in history.operations if item.process.startswith("counters.")]
-
-    async def _tallies(self, eye: Cluster) -> dict[str, Tally]:
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """Where every counter stands."""
         everybody = sorted({agent for group in self.receivers().values() for agent in group})
-        found = await states(eye, everybody)
+        return {"states": await states(eye, everybody)}
+
+    @staticmethod
+    def _tallies(found: Mapping[str, Any]) -> dict[str, Tally]:
         return {
             name: Tally(
                 state.get("last", {}),
@@ -103,14 +104,14 @@ class Counters(Workload):
                 state.get("repeated", 0),
                 state.get("skipped", 0),
             )
-            for name, state in found.items()
+            for name, state in found["states"].items()
         }
 
     async def missing(self, eye: Cluster, history: History) -> str | None:
         """Which counter has not reached what was receipted."""
-        tallies, receivers = await self._tallies(eye), self.receivers()
+        tallies, receivers = self._tallies(await self.collect(eye)), self.receivers()
         highest: dict[tuple[str, str], int] = {}
-        for operation in self._mine(history):
+        for operation in self.mine(history):
             if operation.outcome == "ok":
                 pair = operation.key, operation.process
                 highest[pair] = max(highest.get(pair, 0), operation.value)
@@ -121,6 +122,6 @@ class Counters(Workload):
                     return f"{receiver} stands at {last} of {number} from {sender}"
         return None
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Every number once, in order."""
-        return [check_tallies(self._mine(history), await self._tallies(eye), self.receivers())]
+        return [check_tallies(self.mine(history), self._tallies(found), self.receivers())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,8 @@ from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_exclusion, check_fencing
 from foundation_nats.chaos.checkers.exclusion import Guarded, Holding
 from foundation_nats.chaos.history import History, now_ns
-from foundation_nats.chaos.observer import Observer
-from foundation_nats.chaos.workloads.base import Workload, in_parallel, states
+from foundation_nats.chaos.observer import Seen
+from foundation_nats.chaos.workloads.base import Workload, in_parallel, plain, states
 from foundation_nats.coordination import lock
 from foundation_nats.errors import FoundationError
 
@@ -84,12 +84,17 @@ class Locks(Workload):
                 operation.ok(token)
             await asyncio.sleep(self.pause_s(0.01))
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """What was accepted, and what holders believed."""
+        guarded = [f"guarded-{which}" for which in range(self.locks)]
+        return {"states": await states(eye, guarded), "holdings": plain(self.holdings)}
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Exclusion by time and by token."""
-        found = await states(eye, [f"guarded-{which}" for which in range(self.locks)])
         accepted = [
             Guarded(agent, holder, token)
-            for agent, state in found.items()
+            for agent, state in found["states"].items()
             for holder, token in state.get("accepted", ())
         ]
-        return [check_exclusion(self.holdings), check_fencing(accepted)]
+        holdings = [Holding(**item) for item in found["holdings"]]
+        return [check_exclusion(holdings), check_fencing(accepted)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ import orjson
 
 from foundation_nats import Cluster
 from foundation_nats.bus.kv import Bucket
-from foundation_nats.chaos.checkers import Judgement, check_linearizable
+from foundation_nats.chaos.checkers import Judgement, check_answers, check_linearizable
 from foundation_nats.chaos.history import History
-from foundation_nats.chaos.observer import Observer
+from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import Workload, in_parallel
 from foundation_nats.errors import AlreadyExistsError, FoundationError, StaleRevisionError
 
@@ -64,36 +64,35 @@ class _Clients(Workload):
             dice = self.chance.random()
             if dice < 0.7:
                 with history.operation(process, "read", key) as operation:
-                    seen = await self.read(client, key)
-                    operation.ok(seen)
+                    seen, by = await self.read(client, key)
+                    operation.ok(seen, by)
             elif dice < 0.85:
                 value = next(self._values)
                 with history.operation(process, "write", key, value) as operation:
-                    await self.write(client, key, value)
-                    operation.ok()
+                    operation.ok(by=await self.write(client, key, value))
             else:
                 value = next(self._values)
                 with history.operation(process, "cas", key, (seen, value)) as operation:
-                    operation.ok(await self.cas(client, key, seen, value))
+                    operation.ok(*await self.cas(client, key, seen, value))
             await asyncio.sleep(self.pause_s(self.base_pause_s))
 
-    async def read(self, client: Cluster, key: str) -> int | None:
-        """The value."""
+    async def read(self, client: Cluster, key: str) -> tuple[int | None, Any]:
+        """The value, and who says so."""
         raise NotImplementedError
 
-    async def write(self, client: Cluster, key: str, value: int) -> None:
-        """Replace the value."""
+    async def write(self, client: Cluster, key: str, value: int) -> Any:
+        """Replace the value; who did it."""
         raise NotImplementedError
 
-    async def cas(self, client: Cluster, key: str, expected: int | None, new: int) -> bool:
-        """Replace the value if it is *expected*; whether it was."""
+    async def cas(
+        self, client: Cluster, key: str, expected: int | None, new: int
+    ) -> tuple[bool, Any]:
+        """Replace the value if it is *expected*; whether it was, and who says so."""
         raise NotImplementedError
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Some order explains every answer."""
-        prefix = f"{self.name}."
-        mine = [item for item in history.operations if item.process.startswith(prefix)]
-        judgement = check_linearizable(mine)
+        judgement = check_linearizable(self.mine(history))
         judgement.invariant = 5 if self.name == "register" else 13
         return [judgement]
 
@@ -115,19 +114,28 @@ class Registers(_Clients):
             }
         ]
 
-    async def read(self, client: Cluster, key: str) -> int | None:
+    async def read(self, client: Cluster, key: str) -> tuple[int | None, Any]:
         """Ask."""
-        found: int | None = await client.ask(key, "register.read", timeout=_ASK_TIMEOUT_S)
-        return found
+        by = await client.ask(key, "register.read", timeout=_ASK_TIMEOUT_S)
+        return by.pop("value"), by
 
-    async def write(self, client: Cluster, key: str, value: int) -> None:
+    async def write(self, client: Cluster, key: str, value: int) -> Any:
         """Ask."""
-        await client.ask(key, "register.write", value, timeout=_ASK_TIMEOUT_S)
+        by = await client.ask(key, "register.write", value, timeout=_ASK_TIMEOUT_S)
+        del by["value"]
+        return by
 
-    async def cas(self, client: Cluster, key: str, expected: int | None, new: int) -> bool:
+    async def cas(
+        self, client: Cluster, key: str, expected: int | None, new: int
+    ) -> tuple[bool, Any]:
         """Ask."""
         swap = {"expected": expected, "new": new}
-        return bool(await client.ask(key, "register.cas", swap, timeout=_ASK_TIMEOUT_S))
+        by = await client.ask(key, "register.cas", swap, timeout=_ASK_TIMEOUT_S)
+        return bool(by.pop("value")), by
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
+        """Linearizable, and never two activations at once."""
+        return [*super().judge(found, history, seen), check_answers(self.mine(history))]
 
 
 class Keys(_Clients):
@@ -143,22 +151,25 @@ class Keys(_Clients):
     def _bucket(self, client: Cluster) -> Bucket:
         return Bucket(client.bus, client.subjects, "coordination")
 
-    async def read(self, client: Cluster, key: str) -> int | None:
+    async def read(self, client: Cluster, key: str) -> tuple[int | None, Any]:
         """From the leader."""
         entry = await self._bucket(client).read(key)
-        return None if entry is None or entry.value is None else int(orjson.loads(entry.value))
+        found = None if entry is None or entry.value is None else int(orjson.loads(entry.value))
+        return found, None
 
-    async def write(self, client: Cluster, key: str, value: int) -> None:
+    async def write(self, client: Cluster, key: str, value: int) -> Any:
         """Whatever it holds."""
         await self._bucket(client).overwrite(key, orjson.dumps(value))
 
-    async def cas(self, client: Cluster, key: str, expected: int | None, new: int) -> bool:
+    async def cas(
+        self, client: Cluster, key: str, expected: int | None, new: int
+    ) -> tuple[bool, Any]:
         """Read, compare, and write by the revision that was read."""
         bucket = self._bucket(client)
         entry = await bucket.read(key)
         value = None if entry is None or entry.value is None else int(orjson.loads(entry.value))
         if value != expected:
-            return False
+            return False, None
         revision = 0 if entry is None else entry.revision
         try:
             await bucket.replace(key, orjson.dumps(new), expected=revision)
@@ -166,9 +177,9 @@ class Keys(_Clients):
             # Lost to another; or our own earlier attempt was stored and repeated.
             again = await bucket.read(key)
             if again is not None and again.value == orjson.dumps(new):
-                return True
+                return True, None
             raise _RacedError("Another was faster.") from error
-        return True
+        return True, None
 
 
 class _RacedError(FoundationError):

@@ -6,9 +6,11 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from foundation_nats import Cluster
 from foundation_nats.api.resources import Reservation
@@ -17,8 +19,8 @@ from foundation_nats.bus.rpc import decode
 from foundation_nats.chaos.checkers import Judgement, check_ledgers, check_reservations
 from foundation_nats.chaos.checkers.reservations import Claim
 from foundation_nats.chaos.history import History, Operation, now_ns
-from foundation_nats.chaos.observer import Observer
-from foundation_nats.chaos.workloads.base import Workload, in_parallel
+from foundation_nats.chaos.observer import Seen
+from foundation_nats.chaos.workloads.base import Workload, in_parallel, plain
 from foundation_nats.errors import FoundationError, ReservationLostError
 from foundation_nats.placement.constraints import needs
 from foundation_schemas import AgentRecord, AgentStatus
@@ -106,6 +108,7 @@ class Reservations(Workload):
 
     name = "reservations"
     functions = ("reserve",)
+    operations_min = 2
     bookers = 6
 
     def __init__(self, seed: int, *, rate: float = 1.0) -> None:
@@ -130,7 +133,7 @@ class Reservations(Workload):
     async def _book(
         self, client: Cluster, history: History, stopping: asyncio.Event, number: int
     ) -> None:
-        me = f"booker.{number}"
+        me = f"{self.name}.{number}"
         booker = Booker(client, me, self.chance, self._note)
         scarce = None
         while not stopping.is_set():
@@ -147,26 +150,35 @@ class Reservations(Workload):
 
     async def missing(self, eye: Cluster, history: History) -> str | None:
         """Ours must have ended, and the books must say what runs."""
-        ours = [item for item in await eye.resources.list() if item.holder.startswith("booker.")]
+        ours = [
+            item for item in await eye.resources.list() if item.holder.startswith(f"{self.name}.")
+        ]
         if ours:
             return f"{len(ours)} reservations have not ended, such as {ours[0].id}"
         return await books_differ(eye)
 
-    async def judge(self, eye: Cluster, history: History, observer: Observer) -> list[Judgement]:
-        """The books by revision, and what clients believed."""
-        ledgers = check_ledgers(observer.ledgers)
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """What clients believed, and whether the books say what runs."""
+        found: dict[str, Any] = {"claims": plain(self.claims.values()), "wrong": None, "unread": ""}
         try:
             # Agents may still be changing places: only what stays different is wrong.
             until = time.monotonic() + _PATIENCE_S
             while (wrong := await books_differ(eye)) is not None and time.monotonic() < until:
                 await asyncio.sleep(0.2)
+            found["wrong"] = wrong
         except FoundationError as error:
-            ledgers.undecided.append(f"the books could not be read: {error}")
-        else:
-            if wrong is not None:
-                ledgers.violated(wrong, "books")
-        claims = check_reservations(self.claims.values(), observer.ledgers, observer.capacity)
-        return [ledgers, claims]
+            found["unread"] = str(error)
+        return found
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
+        """The books by revision, and what clients believed."""
+        ledgers = check_ledgers(seen.ledgers)
+        if found["unread"]:
+            ledgers.undecided.append(f"the books could not be read: {found['unread']}")
+        if found["wrong"] is not None:
+            ledgers.violated(found["wrong"], "books")
+        claims = TypeAdapter(list[Claim]).validate_python(found["claims"])
+        return [ledgers, check_reservations(claims, seen.ledgers, seen.capacity)]
 
 
 async def books_differ(eye: Cluster) -> str | None:
