@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foundation_nats.agent.agent import Agent, subscribe
     from foundation_nats.agent.context import Context
     from foundation_nats.agent.handling import on
+    from foundation_nats.agent.prompts import Attachment, Prompt, Reply, on_prompt
     from foundation_nats.agent.signal import Payload, Signal
     from foundation_nats.agent.state import State, migrates
     from foundation_nats.api.cluster import Cluster
@@ -31,6 +32,7 @@ _HOMES = {
     "Agent": "foundation_nats.agent.agent",
     "AgentInfo": "foundation_nats.api.refs",
     "AgentRef": "foundation_nats.api.refs",
+    "Attachment": "foundation_nats.agent.prompts",
     "Cluster": "foundation_nats.api.cluster",
     "Config": "foundation_nats.config",
     "Context": "foundation_nats.agent.context",
@@ -41,15 +43,18 @@ _HOMES = {
     "NodeInfo": "foundation_nats.api.refs",
     "NodeOptions": "foundation_nats.api.node",
     "Payload": "foundation_nats.agent.signal",
+    "Prompt": "foundation_nats.agent.prompts",
     "Proposal": "foundation_nats.consensus.domain",
     "Receipt": "foundation_schemas",
     "RecoveredFrom": "foundation_schemas",
+    "Reply": "foundation_nats.agent.prompts",
     "Signal": "foundation_nats.agent.signal",
     "State": "foundation_nats.agent.state",
     "Target": "foundation_schemas",
     "action": "foundation_nats.agent.actions",
     "migrates": "foundation_nats.agent.state",
     "on": "foundation_nats.agent.handling",
+    "on_prompt": "foundation_nats.agent.prompts",
     "subscribe": "foundation_nats.agent.agent",
 }
 
@@ -59,6 +64,7 @@ __all__ = [
     "Agent",
     "AgentInfo",
     "AgentRef",
+    "Attachment",
     "Cluster",
     "Config",
     "Context",
@@ -69,15 +75,18 @@ __all__ = [
     "NodeInfo",
     "NodeOptions",
     "Payload",
+    "Prompt",
     "Proposal",
     "Receipt",
     "RecoveredFrom",
+    "Reply",
     "Signal",
     "State",
     "Target",
     "action",
     "migrates",
     "on",
+    "on_prompt",
     "subscribe",
 ]
 

@@ -22,6 +22,7 @@ from foundation_cli import (
     deploy,
     discovery,
     doctor,
+    gateway,
     init,
     moves,
     node,
@@ -95,6 +96,7 @@ for _module in (
     chaos,
     why,
     schema,
+    gateway,
 ):
     _module.register(app)
 

@@ -31,6 +31,7 @@ from foundation_nats.agent.family import Supervision
 from foundation_nats.agent.handling import Handling, handlings, on
 from foundation_nats.agent.kin import ORDER, carry_out
 from foundation_nats.agent.middleware import Middleware
+from foundation_nats.agent.prompts import PROMPT
 from foundation_nats.agent.signal import Payload, Signal, typed
 from foundation_nats.agent.skills import (
     Skill,
@@ -311,7 +312,7 @@ async def end(agent: Agent, reason: str) -> None:
 
 
 def provided(cls: type[Agent]) -> list[str]:
-    """The capabilities the class declares.
+    """The capabilities the class declares, and ``prompt`` if it answers prompts.
 
     Raises:
         ConfigError: one of them is no valid name.
@@ -325,6 +326,8 @@ def provided(cls: type[Agent]) -> list[str]:
     for name in names:
         if not is_name(name):
             raise ConfigError(f"{cls.__qualname__}: {name!r} is not a valid capability name")
+    if PROMPT in handlings(cls).types() and PROMPT not in names:
+        names = sorted([*names, PROMPT])
     return names
 
 

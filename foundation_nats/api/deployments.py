@@ -124,7 +124,7 @@ class Deployments:
 
     async def _validated(self, deployments: list[Deployment]) -> list[Deployment]:
         runs = sorted({item.spec.run for item in deployments})
-        infos = await self._describe(runs)
+        infos = await self.describe(runs)
         if infos is None:
             return deployments
         wrong = [info.error or f"{info.run} can't run" for info in infos.values() if not info.ok]
@@ -132,8 +132,8 @@ class Deployments:
             raise ConfigError("; ".join(wrong))
         return [declared(item, infos[item.spec.run]) for item in deployments]
 
-    async def _describe(self, runs: builtins.list[str]) -> dict[str, ClassInfo] | None:
-        """What is behind each *run*, by the first node that answers; None if none does."""
+    async def describe(self, runs: builtins.list[str]) -> dict[str, ClassInfo] | None:
+        """What is behind each ``module:Class``, by the first node that answers; None if none does."""
         deadline = monotonic() + _DESCRIBE_TIMEOUT_S
         while True:
             nodes = [n.name for n in await self._cluster.nodes.list() if n.status == NodeStatus.UP]

@@ -55,6 +55,9 @@ class Talk:
         self._news = asyncio.Event()
         self._heard_at = 0.0
         self._epoch: int | None = None
+        held = None if cluster._registry is None else cluster._registry.get(agent)
+        self._asked_of = None if held is None else held.record.epoch
+        """The activation that is asked, where that is known: what is lost with it never begins."""
         self._taken = 0
         self._is_over = False
         self._route: Route | None = None
@@ -73,7 +76,8 @@ class Talk:
         reply = f"{self._bus.inbox}.stream.{token_hex(8)}"
         self._route = self._bus.subscribe(reply, self._on_message)
         self._bus.publish(self._cluster.subjects.ask(self._agent), self._payload, reply=reply)
-        ends = monotonic() + timeout
+        self._heard_at = monotonic()
+        ends = self._heard_at + timeout
         while True:
             await self._wait_message(ends)
             message = self._messages[0]
@@ -170,22 +174,22 @@ class Talk:
                     await self._news.wait()
             if (
                 not self._messages
-                and self._epoch is not None
+                and (self._epoch is not None or self._asked_of is not None)
                 and monotonic() - self._heard_at >= _SILENT_S
             ):
                 await self._look_up()
 
     async def _look_up(self) -> None:
-        """It is silent: whether whoever has begun to answer still has the agent."""
+        """It is silent: whether whoever was asked, or has begun to answer, still has the agent."""
         try:
             info = await self._cluster.agents.get(self._agent)
         except AgentNotFoundError:
             raise self._failed("the agent is gone") from None
         except BusError:
             return  # nobody knows; the time-out will end it
-        if info.epoch != self._epoch:
+        if info.epoch != (self._asked_of if self._epoch is None else self._epoch):
             raise self._failed(f"it was recovered on {info.node} meanwhile")
-        if not info.is_running:
+        if not info.is_running and self._epoch is not None:
             raise self._failed(f"the agent is {info.status}")
 
     async def _is_stale(self, message: Message) -> bool:
