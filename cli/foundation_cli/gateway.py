@@ -16,6 +16,8 @@ from foundation_cli.connection import Shared, connected, group_callback, run, wi
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
 
+TOKEN = "FOUNDATION_GATEWAY_TOKEN"  # noqa: S105 - the name of a variable
+"""What requests over HTTP must bring, if it is set."""
 PATIENCE_S = 30.0
 ANSWER_S = 300.0
 _HELP = "Gateways: agents for clients that speak other protocols."

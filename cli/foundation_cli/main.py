@@ -24,6 +24,7 @@ from foundation_cli import (
     doctor,
     gateway,
     init,
+    mcp,
     moves,
     node,
     nodes,
@@ -97,6 +98,7 @@ for _module in (
     why,
     schema,
     gateway,
+    mcp,
 ):
     _module.register(app)
 
