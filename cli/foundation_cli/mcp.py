@@ -23,9 +23,17 @@ def mcp(
     allow_write: Annotated[
         bool,
         typer.Option(
-            "--allow-write", help="Also tools that change something: send, ask, deploy, drain …"
+            "--allow-write",
+            help="Also tools that change something: send, ask, deploy, drain …, and all actions.",
         ),
     ] = False,
+    actions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Also the actions of these agents: ID, deployment:NAME, capability:NAME or all; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Serve the cluster's tools to an MCP client, such as an assistant.
 
@@ -35,22 +43,32 @@ def mcp(
     """
 
     async def main() -> None:
+        from foundation_nats.gateways.agent_tools import AgentTools
         from foundation_nats.gateways.mcp_server import PATH, McpServer
         from foundation_nats.gateways.web import Web, read_address
 
         async with connected(shared) as cluster:
-            server = McpServer(cluster, writes=allow_write)
-            if http is None:
-                await server.serve_stdio()
-                return
-            address = read_address(http)
-            web = Web(server.app(address[0]), address, token=os.environ.get(TOKEN) or None)
+            more = None
+            if allow_write or actions:
+                named = [] if "all" in (actions or ["all"]) else actions or []
+                more = AgentTools(cluster, named)
+                await more.open()
+            server = McpServer(cluster, writes=allow_write, more=more)
+            try:
+                if http is None:
+                    await server.serve_stdio()
+                    return
+                address = read_address(http)
+                web = Web(server.app(address[0]), address, token=os.environ.get(TOKEN) or None)
 
-            async def begin() -> str:
-                await web.open()
-                return f"Serving MCP at {web.url}{PATH}; Ctrl-C ends it."
+                async def begin() -> str:
+                    await web.open()
+                    return f"Serving MCP at {web.url}{PATH}; Ctrl-C ends it."
 
-            await serve_until_told(cluster, begin, web.close)
+                await serve_until_told(cluster, begin, web.close)
+            finally:
+                if more is not None:
+                    await more.close()
 
     run(main)
 

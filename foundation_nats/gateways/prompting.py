@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from foundation_nats.agent.prompts import PROMPT, Prompt, Reply, as_reply
 from foundation_nats.api.cluster import Cluster
@@ -26,6 +27,7 @@ from foundation_nats.errors import (
     AskTimeoutError,
     BusTimeoutError,
     BusUnavailableError,
+    FoundationError,
     NoRespondersError,
     error_from_wire,
 )
@@ -62,8 +64,7 @@ class Prompter:
             AskTimeoutError: no piece in time, or the agent is gone in the middle; it may be kept.
             HandlerError, PayloadInvalidError, UnhandledSignalError: the agent's answer.
         """
-        ends = monotonic() + self.patience_s
-        pause = _AGAIN_S
+        patience = _Patience(self.patience_s)
         while True:
             is_begun = False
             try:
@@ -76,12 +77,21 @@ class Prompter:
                             yield reply
                 return
             except (AgentUnavailableError, BusUnavailableError) as error:
-                # Nothing was kept, and nobody was told anything: asking again is safe.
-                hopeless = error.details.get("status") in _STILL
-                if is_begun or hopeless or monotonic() + pause >= ends:
+                if is_begun or patience.is_over(error):
                     raise
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _AGAIN_MAX_S)
+            await patience.wait()
+
+    async def ask(self, target: str, type: str, data: Any) -> Any:
+        """`Cluster.ask`, waiting out what moves or recovers the agent; raises as `stream`."""
+        patience = _Patience(self.patience_s)
+        while True:
+            try:
+                agent = await self._present(target)
+                return await self.cluster.ask(agent, type, data, timeout=self.answer_s)
+            except (AgentUnavailableError, BusUnavailableError) as error:
+                if patience.is_over(error):
+                    raise
+            await patience.wait()
 
     async def _present(self, target: str) -> str:
         """One agent behind *target* whose worker lives: what is asked of a dead one may be lost unseen.
@@ -167,6 +177,22 @@ class Prompter:
     async def forget(self, box: str) -> None:
         """Remove the answers in *box*, once they are kept elsewhere or nobody wants them."""
         await Desk(self.cluster, box, asyncio.Event()).clear()
+
+
+class _Patience:
+    """How long one asker goes on with an agent that is not there: nothing was kept, so it is safe."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends = monotonic() + seconds
+        self._pause = _AGAIN_S
+
+    def is_over(self, error: FoundationError) -> bool:
+        """Whether there is no time left, or no hope."""
+        return error.details.get("status") in _STILL or monotonic() + self._pause >= self._ends
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, _AGAIN_MAX_S)
 
 
 def _replies(answer: Answer) -> list[Reply]:

@@ -1,4 +1,4 @@
-"""`Roster`: which agents answer prompts, and what each of them is, as the registry says it.
+"""`Roster`: which agents a gateway is for, and what each of them is, as the registry says it.
 
 An agent is on it while it is wanted, whether it runs just now or is being moved or recovered: who
 prompts it meanwhile waits. Where it is not known yet what a class is for, its agents are described
@@ -17,14 +17,14 @@ from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.cluster.registry import Held
 from foundation_nats.errors import ConfigError, FoundationError
-from foundation_schemas import Target
+from foundation_schemas import ClassInfo, Target
 
 _DESCRIBE_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An agent that answers prompts."""
+    """An agent."""
 
     id: str
     run: str
@@ -33,6 +33,8 @@ class Listed:
     capabilities: tuple[str, ...]
     description: str = ""
     """The first line of the class's docstring."""
+    handles: tuple[str, ...] = ()
+    """The types of signals that the class handles."""
 
     @property
     def family(self) -> str:
@@ -41,18 +43,23 @@ class Listed:
 
 
 class Roster:
-    """The agents that answer prompts; `open` it, then look or `subscribe`."""
+    """The agents that answer prompts, or others; `open` it, then look or `subscribe`."""
 
-    def __init__(self, cluster: Cluster, only: Collection[str] = ()) -> None:
+    def __init__(
+        self, cluster: Cluster, only: Collection[str] = (), *, providing: str | None = PROMPT
+    ) -> None:
         """*only*: targets, such as ``chat`` or ``deployment:chat``; empty: all.
+
+        *providing*: a capability that they must provide; None: any or none.
 
         Raises:
             ConfigError: one of them is none, or one that is no agent, deployment or capability.
         """
         self._cluster = cluster
         self._only = [_checked(item) for item in only]
+        self._providing = providing
         self._listed: dict[str, Listed] = {}
-        self._docs: dict[str, str] = {}
+        self._infos: dict[str, ClassInfo | None] = {}
         self._unknown = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._is_open = False
@@ -77,7 +84,7 @@ class Roster:
         return [self._listed[id] for id in sorted(self._listed)]
 
     def get(self, id: str) -> Listed | None:
-        """One of them; None: there is no such agent, or it answers no prompts."""
+        """One of them; None: there is no such agent, or it is none of them."""
         return self._listed.get(id)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
@@ -99,21 +106,23 @@ class Roster:
             self._listed.pop(id, None)
             return before is not None
         spec = held.record.spec
+        info = self._infos.get(spec.run)
         after = Listed(
             id,
             spec.run,
             held.record.deployment,
             tuple(spec.capabilities),
-            self._docs.get(spec.run, ""),
+            "" if info is None else info.doc or "",
+            () if info is None else tuple(info.handles),
         )
-        if spec.run not in self._docs:
+        if spec.run not in self._infos:
             self._unknown.set()
         self._listed[id] = after
         return before != after
 
     def _is_meant(self, held: Held) -> bool:
         capabilities = held.record.spec.capabilities
-        if PROMPT not in capabilities:
+        if self._providing is not None and self._providing not in capabilities:
             return False
         return not self._only or any(
             (kind == "agent" and name == held.record.id)
@@ -125,14 +134,14 @@ class Roster:
     async def _describe(self) -> None:
         """Ask a node what the classes are that nobody has told us of yet."""
         self._unknown.clear()
-        runs = sorted({item.run for item in self._listed.values()} - self._docs.keys())
+        runs = sorted({item.run for item in self._listed.values()} - self._infos.keys())
         if not runs:
             return
         found = await self._cluster.deployments.describe(runs)
         if found is None:
             self._unknown.set()
             return
-        self._docs |= {run: (found[run].doc or "") if run in found else "" for run in runs}
+        self._infos |= {run: found.get(run) for run in runs}
         registry = await self._cluster._open_registry()
         for id in list(self._listed):
             self._take(id, registry.get(id))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from foundation_nats import Agent, Attachment, Prompt, Reply, Signal, State, on_prompt
+from foundation_nats.agent.actions import ActionContext, action
 
 
 class Guide(Agent):
@@ -49,6 +51,34 @@ class Clerk(Agent):
             for item in signal.data.attachments
         ]
         return Reply(text=f"{self.state.files} files", attachments=back)
+
+
+class Sum(BaseModel):
+    """What it comes to."""
+
+    total: int
+
+
+@action
+async def add(amount: Annotated[int, Field(le=100)], ctx: ActionContext, agent: str = "") -> Sum:
+    """Add to the till."""
+    ctx.agent.state.total += amount
+    return Sum(total=ctx.agent.state.total)
+
+
+@action
+def double(number: int) -> int:
+    """Twice the number."""
+    return number * 2
+
+
+class Teller(Agent):
+    """Has actions."""
+
+    class State(State):
+        total: int = 0
+
+    actions = (add, double)
 
 
 class Mute(Agent):

@@ -16,6 +16,7 @@ import pytest
 from mcp import Client, MCPError, StdioServerParameters
 
 from foundation_nats.errors import ConfigError
+from foundation_nats.gateways.agent_tools import tool_name
 from foundation_nats.gateways.tools import cluster_tools
 from foundation_nats.gateways.web import Web, read_address
 from foundation_nats.testing import TestCluster
@@ -226,6 +227,46 @@ async def test_an_assistant_operates_a_cluster_over_http(nodes: TestCluster) -> 
         assert "agent" in told
         process.terminate()
         await asyncio.wait_for(process.wait(), 10)
+
+
+def test_tool_names_are_stable_and_never_the_same() -> None:
+    """However long, and whatever is in the names."""
+    assert tool_name("tills", "add") == "agent__tills__add"
+    names = [tool_name("a__b", "c"), tool_name("a", "b__c"), tool_name("x" * 60, "y" * 60)]
+    assert len({*names}) == 3
+    assert all(len(name) <= 64 for name in names)
+
+
+async def test_the_actions_of_agents_are_tools(nodes: TestCluster) -> None:
+    """Of a deployment and of one that stands alone, without any other writing tool."""
+    deployed = "version: 1\nagents: [{name: tills, run: 'talkative:Teller', replicas: 2}]"
+    await nodes.client.deployments.deploy(deployed)
+    await nodes.client.agents.start("talkative:Teller", id="alone")
+    async with over_stdio(nodes, "--actions", "capability:double") as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        assert set(tools) - LOOKING == {
+            "agent__alone__add",
+            "agent__alone__double",
+            "agent__tills__add",
+            "agent__tills__double",
+        }
+        add = tools["agent__tills__add"]
+        assert add.description == "Add to the till."
+        assert set(add.input_schema["properties"]) == {"amount", "agent", "agent_id"}
+        assert add.output_schema is not None
+        assert add.output_schema["properties"]["total"]["type"] == "integer"
+        assert set(tools["agent__alone__double"].input_schema["properties"]) == {"number"}
+        assert await call(client, "agent__tills__add", amount=3, agent_id="tills-1") == {"total": 3}
+        assert await call(client, "agent__tills__add", amount=4, agent_id="tills-1") == {"total": 7}
+        assert (await nodes.client.agents.state("tills-0") or {})["state"]["total"] == 0
+        assert await call(client, "agent__alone__double", number=21) == {"result": 42}
+        assert (await call(client, "agent__tills__double", number=1)) == {"result": 2}
+        assert "less than or equal to 100" in await refused(client, "agent__alone__add", amount=101)
+        assert "'alone' is not of deployment:tills" in await refused(
+            client, "agent__tills__add", amount=1, agent_id="alone"
+        )
+        with pytest.raises(MCPError, match="no tool"):
+            await client.call_tool("agent__tills__steal", {})
 
 
 async def test_a_token_is_asked_for(nodes: TestCluster) -> None:
