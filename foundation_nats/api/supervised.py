@@ -19,14 +19,13 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from foundation_nats.api.tracking import SignalState, track
-from foundation_nats.base.clock import monotonic
+from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.base.logs import get_logger
 from foundation_nats.coordination.desk import Answer, Desk
 from foundation_nats.errors import (
@@ -163,7 +162,7 @@ class Supervisor:
                     data,
                     id=id,
                     timeout=timeout,
-                    deadline=deadline_text(datetime.now(UTC), ttl=timeout),
+                    deadline=deadline_text(utc_now(), ttl=timeout),
                     attempts=retries + 1,
                     replyto=f"{BOX}{self._name}",
                 )

@@ -14,7 +14,7 @@ import asyncio
 import inspect
 import random
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from foundation_nats.agent.actions.action import Action, as_action
 from foundation_nats.agent.failing import handler_error
 from foundation_nats.agent.steps import Doubt, Idempotent, StepLedger, check_once, once
+from foundation_nats.base.clock import utc_now
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.resilience import backoff_s
 from foundation_nats.errors import (
@@ -135,7 +136,7 @@ class ActionContext:
 
     def now(self) -> datetime:
         """The wall clock, in UTC."""
-        return datetime.now(UTC) if self._agent is None else self._agent.ctx.now()
+        return utc_now() if self._agent is None else self._agent.ctx.now()
 
     @property
     def random(self) -> random.Random:
