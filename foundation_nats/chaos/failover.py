@@ -41,12 +41,12 @@ from foundation_nats.errors import FoundationError
 
 NODE_KINDS = {
     "worker.kill": 4.0,
-    "node.kill": 9.0,
-    "manager.kill": 9.0,
-    "leader.kill": 9.0,
+    "node.kill": 4.0,
+    "manager.kill": 7.0,
+    "leader.kill": 4.0,
     "node.stop": 4.0,
-    "node.freeze": 14.0,
-    "link.hold": 14.0,
+    "node.freeze": 12.0,
+    "link.hold": 12.0,
 }
 """What takes agents away, and for how long it lasts: for longer than a failover takes."""
 BROKER_KINDS = {1: ("broker.kill", "broker.stop"), 3: ("broker.leader_kill", "broker.step_down")}
@@ -62,8 +62,8 @@ _REST_S = 2.0
 _ASK_TIMEOUT_S = 0.5
 _SEND_TIMEOUT_S = 2.0
 _EVERY_S = 0.02
-_AFTER_BROKER_S = 8.0
-"""So long gaps are looked for after a broker is back: an election takes up to 9 s in all."""
+_AFTER_BROKER_S = {1: 3.0, 3: 8.0}
+"""By brokers: so long gaps are looked for after one is back; an election takes up to 9 s in all."""
 
 Say = Callable[[str], None]
 
@@ -285,7 +285,7 @@ class _Probes:
         try:
             await asyncio.sleep(0.5)
             await nemesis.run()
-            await asyncio.sleep(_AFTER_BROKER_S)
+            await asyncio.sleep(_AFTER_BROKER_S[brokers])
         finally:
             stop.set()
             await asyncio.gather(*probing)

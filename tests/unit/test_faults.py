@@ -116,3 +116,35 @@ def test_a_report_is_told_in_text() -> None:
     assert "| SIGKILL of a manager and its workers | 0.50 s |" in page
     with pytest.raises(ValueError, match="has no"):
         replaced("no marks", "x")
+
+
+def test_a_fault_whose_agents_do_not_come_back_is_counted() -> None:
+    """It gives no time, and is not left out."""
+    found = failover.summary(
+        failover.Measured(
+            taken=[
+                failover.Taken("node.kill", 2, 0.5, {"a": 0.6, "b": 0.8}, {"a": 0.7, "b": 0.9}),
+                failover.Taken("node.kill", 2, 0.7, {"a": 1.0, "b": 2.0}, {"a": 1.5, "b": 2.5}),
+                failover.Taken("node.kill", 3, None, {"a": 0.6, "b": 9.0}, {"a": 0.7}),
+            ],
+            gaps=[
+                failover.Gap("broker.kill", 1, 2.0, 1.0, 0),
+                failover.Gap("broker.kill", 3, 5.0, 0.1, 2),
+            ],
+        )
+    )
+    killed = found["nodes"]["node.kill"]
+    assert (killed["faults"], killed["faults_not_back"]) == (3, 1)
+    assert (killed["agents"], killed["agents_not_back"]) == (7, 2)
+    assert killed["verdict_s"] == {"n": 2, "min": 0.5, "p50": 0.6, "max": 0.7}
+    assert killed["answers_s"] == {"n": 2, "min": 0.9, "p50": 1.7, "max": 2.5}
+    assert found["brokers"]["broker.kill/3"]["moved"] == 2
+    where = {"at": "2026-01-01", "version": "0", "commit": "abc", "cores": 2}
+    text = report.failover({**where, **found}, "make chaos")
+    assert "| 3 | 0.60 / 0.70 s | 1.40 / 2.00 s | 1.70 / 2.50 s | 2 of 7 |" in text
+
+
+def test_the_longest_gap_is_found() -> None:
+    """Between neighbours, in whatever order they were noted."""
+    assert failover.longest_gap([5_000_000_000, 1_000_000_000, 2_000_000_000]) == 3.0
+    assert failover.longest_gap([1]) == 0
