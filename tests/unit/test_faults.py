@@ -7,7 +7,7 @@ import random
 import pytest
 
 from foundation_nats.base import failpoint
-from foundation_nats.chaos import faults
+from foundation_nats.chaos import failover, faults, report
 from foundation_nats.chaos.report import BEGIN, END, markdown, replaced, summary
 from foundation_nats.testing.mangling import Mangler, Mangling, Splitter
 
