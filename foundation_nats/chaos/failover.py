@@ -168,9 +168,17 @@ def _told(taken: Taken) -> str:
 
 
 async def _rest(lab: Lab) -> None:
-    """Heal, and wait until everybody is up and every agent runs once."""
+    """Heal, spread the agents anew, and wait until everybody is up and every agent runs once."""
     await lab.heal()
     await lab.wait_up(_SETTLE_S)
+    # A node that came back is empty, and would be a victim that nobody misses.
+    for replicas in (0, _AGENTS):
+        await lab.eye.deployments.scale(_NAME, replicas)
+        await _once(lab)
+    await asyncio.sleep(_REST_S)
+
+
+async def _once(lab: Lab) -> None:
     deadline = asyncio.get_running_loop().time() + _SETTLE_S
     while True:
         try:
@@ -180,10 +188,9 @@ async def _rest(lab: Lab) -> None:
         except FoundationError as error:
             why = str(error)
         if why is None:
-            break
+            return
         assert asyncio.get_running_loop().time() < deadline, f"no rest between two faults: {why}"
         await asyncio.sleep(0.1)
-    await asyncio.sleep(_REST_S)
 
 
 class _Probes:

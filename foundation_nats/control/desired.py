@@ -1,7 +1,9 @@
 """What people asked for: a watch-fed view of the ``desired`` bucket, and changes to it.
 
 One key per deployment; every write is a compare-and-set on the revision that
-was read, and is decided anew when somebody else was first. Applying several
+was read, and is decided anew when somebody else was first. That there is
+nothing to write, because all is as it is wished or nothing is there to change, is
+said only after a look at the bucket: the view may be late. Applying several
 deployments is not atomic: what was written before an error stays written, and
 applying the same wishes again completes it.
 """
@@ -141,6 +143,9 @@ class Desired:
             BusTimeoutError, BusUnavailableError: some may have been written; apply again.
         """
         changes = diff(self._wishes, wanted, prune=prune)
+        unchanged = [c.name for c in changes if c.kind is ChangeKind.SAME]
+        if not await self._are_current(unchanged):
+            changes = diff(self._wishes, wanted, prune=prune)
         after = {**self._wishes, **{deployment.name: deployment for deployment in wanted}}
         for change in changes:
             if change.kind is ChangeKind.REMOVED:
@@ -261,10 +266,14 @@ class Desired:
         for _ in range(_ATTEMPTS):
             current = self._wishes.get(name)
             if current is None:
-                raise _unknown(name)
+                if await self._are_current([name]):
+                    raise _unknown(name)
+                continue
             wish = make(current)
             if wish == current:
-                return current
+                if await self._are_current([name]):
+                    return current
+                continue
             after = succeeding(current, wish, at=utc_text(), failed=failed)
             if await self._write(after):
                 return self._wishes.get(name, after)  # it may be deleted by now
@@ -282,7 +291,9 @@ class Desired:
         for _ in range(_ATTEMPTS):
             known = self._known.get(name)
             if known is None:
-                raise _unknown(name)
+                if await self._are_current([name]):
+                    raise _unknown(name)
+                continue
             if known.deployment.spec.parent is not None:
                 await self.change(name, _ending)
                 self._events.emit("deployment", "deleted", f"{name} was deleted.", name=name)
@@ -314,6 +325,14 @@ class Desired:
         entry = await self.bucket.read(name)
         if entry is not None:
             self._on_entry(entry)
+
+    async def _are_current(self, names: Sequence[str]) -> bool:
+        """Read these once more; whether they were as they are known here."""
+        before = [self._known.get(name) for name in names]
+        if names:
+            for entry in (await self.bucket.read_many(list(names), by_now=True)).values():
+                self._on_entry(entry)
+        return before == [self._known.get(name) for name in names]
 
     async def _write_all(self, wishes: Sequence[Deployment]) -> None:
         gate = asyncio.Semaphore(256)

@@ -14,6 +14,7 @@ from foundation_nats.bus.rpc import decode
 from foundation_nats.bus.streams import StreamReader
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.membership import Membership
+from foundation_nats.control.desired import Desired
 from foundation_nats.errors import AlreadyExistsError, DeploymentNotFoundError, NodeNameTakenError
 from foundation_nats.testing import TestServer, eventually
 from foundation_schemas import AgentSpec, ClusterEvent, Deployment, Echo, NodeStatus
@@ -333,3 +334,36 @@ async def test_a_node_whose_record_is_overwritten_is_told_to_stop(start: Starter
         "n0", newer.model_dump_json().encode(), expected=entry.revision, ttl_s=60
     )
     await eventually(node.was_replaced.is_set, timeout=2.0)
+
+
+async def test_a_wish_is_not_taken_for_granted_because_of_an_old_view(start: Starter) -> None:
+    """Who has not heard yet what others wished looks before it says that nothing is to be done."""
+    node = await start("n0", workers=[])
+    late, other = (Desired(node.bus, node.subjects) for _ in range(2))  # neither follows changes
+
+    async def replicas() -> int | None:
+        entry = await other.bucket.read("a")
+        return (
+            None if entry is None or not entry.value else decode(Deployment, entry.value).replicas
+        )
+
+    await late.apply([deployment(replicas=4)])
+    await other.scale("a", 2)
+    await late.apply([deployment(replicas=4)])
+    assert await replicas() == 4
+    await other.scale("a", 2)
+    await late.scale("a", 4)
+    assert await replicas() == 4
+    await other.delete("a")
+    assert await late.apply([deployment(replicas=4)])
+    assert await replicas() == 4
+    await other.delete("a")
+    with pytest.raises(DeploymentNotFoundError):
+        await late.scale("a", 4)
+    await other.apply([deployment(replicas=3)])
+    await late.scale("a", 5)
+    assert await replicas() == 5
+    await late.delete("a")
+    await other.apply([deployment(replicas=3)])
+    await late.delete("a")
+    assert await replicas() is None
