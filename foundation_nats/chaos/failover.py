@@ -57,6 +57,8 @@ _AGENTS = 12
 _NAME = "probe"
 _PATIENCE_S = 60.0
 _SETTLE_S = 90.0
+_TRIES = 4
+"""To find a victim: agents are not always spread over all nodes, and the one that leads may have none."""
 _REST_S = 2.0
 """Of quiet before the next fault."""
 _ASK_TIMEOUT_S = 0.5
@@ -133,13 +135,14 @@ async def measure(
     if plan:
         async with Lab(seed=seed, settings=DEFAULTS) as lab, _Probes(lab) as probes:
             for kind in plan:
-                await _rest(lab)
-                taken = await probes.take(kind, kinds[kind], chance)
-                if taken is None:
+                for _ in range(_TRIES):
+                    await _rest(lab)
+                    taken = await probes.take(kind, kinds[kind], chance)
+                    if taken is not None:
+                        found.taken.append(taken)
+                        say(f"{kind}: {_told(taken)}")
+                        break
                     found.skipped += 1
-                    continue
-                found.taken.append(taken)
-                say(f"{kind}: {_told(taken)}")
     for brokers, names in broker_kinds.items():
         async with (
             Lab(seed=seed, settings=DEFAULTS, brokers=brokers) as lab,
@@ -225,10 +228,12 @@ class _Probes:
         """One fault; None: it found no victim."""
         leader = await self._lab.leader()
         running = self._lab.running()
-        # Of nodes that do not lead, so that one figure means one thing.
-        others = [index for index, name in enumerate(running) if name != leader]
-        fault = Fault(0.0, kind, chance.choice(others), lasts_s, chance.random())
         before = {name: dict(self._observer.hosted_by(name)) for name in self._lab.names}
+        # Of nodes that do not lead, so that one figure means one thing; an empty one is no victim.
+        others = [i for i, name in enumerate(running) if name != leader and before[name]]
+        if not others:
+            return None
+        fault = Fault(0.0, kind, chance.choice(others), lasts_s, chance.random())
         nemesis = Nemesis(self._lab, [fault])
         trouble = asyncio.create_task(nemesis.run(), name=kind)
         try:
