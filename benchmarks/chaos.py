@@ -25,6 +25,14 @@ from foundation_nats.chaos.campaign import Campaign, Options, commit, run_campai
 from foundation_nats.chaos.report import markdown, replaced, summary
 
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
+SOAK = Options(
+    rate=0.5,
+    workloads=("counters", "churn"),
+    kinds=("link.cut", "link.delay", "link.mangle", "client.cut"),
+    soak=True,
+)
+"""What `make soak` does, too."""
+SOAKED = RESULTS.with_name("soak.json")
 FAILOVER = RESULTS.with_name("failover.json")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
 
@@ -68,6 +76,22 @@ def _failover(per_kind: int, seed: int, *, write: bool) -> int:
     return 1 if any(item["agents_not_back"] for item in found["nodes"].values()) else 0
 
 
+def _soak(seconds: float, seed: int, *, write: bool) -> int:
+    """0 if nothing grew and every promise was kept."""
+    commit_found = commit()
+    ended = asyncio.run(run_campaign(seed, replace(SOAK, seconds=seconds), rounds=1, say=_say))
+    found = {**ended.to_json(), "commit": commit_found}
+    gains = ended.rounds[0].to_json()["gains"]
+    text = report.soak(found, gains, f"make chaos CHAOS='--soak {seconds:g}'")
+    print(f"{summary(found)}\n\n{text}")
+    if write:
+        SOAKED.write_bytes(
+            orjson.dumps({**found, "gains": gains}, option=orjson.OPT_INDENT_2) + b"\n"
+        )
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), text, mark="soak"))
+    return 0 if ended.is_passed else 1
+
+
 def main() -> int:
     """0 if every round passed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,11 +106,16 @@ def main() -> int:
         metavar="N",
         help="measure single faults instead, N of each kind (5): some 2 minutes for each N",
     )
+    parser.add_argument(
+        "--soak", type=float, metavar="SECONDS", help="one long round that looks for drift instead"
+    )
     parser.add_argument("--write", action="store_true", help="update the results and the docs")
     chosen = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if chosen.seed is None else chosen.seed
     if chosen.failover is not None:
         return _failover(chosen.failover, seed, write=chosen.write)
+    if chosen.soak is not None:
+        return _soak(chosen.soak, seed, write=chosen.write)
     keep = chosen.keep or Path(tempfile.mkdtemp(prefix="foundation-chaos-"))
     campaign_found = asyncio.run(campaign(seed, chosen.minutes, keep))
     found = campaign_found.to_json()

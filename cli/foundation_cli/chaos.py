@@ -129,6 +129,12 @@ def chaos(
             f"There is no workload {', '.join(sorted(unknown))}.",
             hint=f"There are: {', '.join(WORKLOADS)}.",
         )
+    tied = [name for name in workload or () if WORKLOADS[name].needs_lab]
+    if attach and tied:
+        raise ConfigError(
+            f"The workload {', '.join(tied)} would leave traces, or needs this machine's files.",
+            hint="Leave it out, or leave out --attach.",
+        )
     chosen = tuple(fault) if fault else None
     if attach and chosen is None:
         chosen = SAFE_KINDS + (KILL_KINDS if start else ())
@@ -155,7 +161,10 @@ def chaos(
         nodes=nodes,
         brokers=brokers,
         kinds=chosen,
-        workloads=tuple(workload or WORKLOADS),
+        workloads=tuple(
+            workload
+            or (name for name, kind in WORKLOADS.items() if not (attach and kind.needs_lab))
+        ),
         rate=rate,
         settle_s=settle,
         soak=soak,

@@ -11,8 +11,10 @@ import ctypes
 import os
 import socket
 import time
+from secrets import token_hex
 from typing import Any, cast
 
+import orjson
 from pydantic import BaseModel, Field
 
 from foundation_nats.agent.agent import Agent
@@ -181,6 +183,117 @@ class Register(Agent):
             return self._answer(False)
         self.state.value = signal.data.new
         return self._answer(True)
+
+
+class DrowsyRegister(Register):
+    """A register that sleeps whenever nobody has asked for a moment."""
+
+    hibernate_after = 0.3
+
+    class State(BaseState):
+        """The value, and how often it woke up."""
+
+        value: int | None = None
+        woken: int = 0
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Count awakenings."""
+        if recovered_from is not None and recovered_from.reason == "hibernated":
+            self.state.woken += 1
+
+
+class Ring(BaseModel):
+    """What rings an alarm, and how long after it is set."""
+
+    key: str
+    after: float
+
+
+class Alarm(Agent):
+    """Is rung by timers that clients set, and by those that it sets itself."""
+
+    class State(BaseState):
+        """What was set here; what rang, and when on this machine's clock; the ids of ticks."""
+
+        set: list[str] = Field(default_factory=list)
+        rung: list[tuple[str, int]] = Field(default_factory=list)
+        ticks: list[str] = Field(default_factory=list)
+
+    @on("alarm.set")
+    async def set_timer(self, signal: Signal[Ring]) -> None:
+        """Set a timer, in the same commit as the note of it."""
+        key, after = signal.data.key, signal.data.after
+        self.state.set.append(key)
+        name = key.replace(".", "-")
+        self.ctx.schedule("alarm.ring", {"key": key, "after": after}, after=after, name=name)
+
+    @on("alarm.ring")
+    async def ring(self, signal: Signal[Ring]) -> None:
+        """Note it."""
+        self.state.rung.append((signal.data.key, int(monotonic() * 1e9)))
+
+    @on("alarm.tick")
+    async def tick(self, signal: Signal[Any]) -> None:
+        """Note which firing it was."""
+        self.state.ticks.append(signal.id)
+
+
+class Payer(Agent):
+    """Does two things outside for each order, the second only after the first."""
+
+    class State(BaseState):
+        """The orders carried out, and which payment each believes in."""
+
+        applied: list[tuple[str, str]] = Field(default_factory=list)
+
+    @on("steps.order")
+    async def order(self, signal: Signal[Entry]) -> None:
+        """Pay, mail, and note it."""
+        key, sink, epoch = signal.data.key, self.config["sink"], self.ctx.epoch
+        token = await self.ctx.once("pay", _outside, sink, key, "pay", epoch)
+        await self.ctx.once("mail", _outside, sink, key, "mail", epoch)
+        self.state.applied.append((key, token))
+
+
+async def _outside(sink: str, key: str, step: str, epoch: int) -> str:
+    """Append one line to the file: what reaches the world outside stays there."""
+    token = token_hex(8)
+    line = orjson.dumps({"key": key, "step": step, "token": token, "epoch": epoch}) + b"\n"
+    file = os.open(sink, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line)
+    finally:
+        os.close(file)
+    return token
+
+
+class Token(BaseModel):
+    """One token on its way round a ring."""
+
+    key: str
+    hop: int
+    last: int
+    size: int
+
+
+class Station(Agent):
+    """Notes every token, and passes it on to the next of the ring."""
+
+    class State(BaseState):
+        """Every (token, hop) that passed, in order."""
+
+        applied: list[str] = Field(default_factory=list)
+
+    @on("ring.token")
+    async def token(self, signal: Signal[Token]) -> None:
+        """Note it, and pass it on until it has gone its way."""
+        token = signal.data
+        self.state.applied.append(f"{token.key}/{token.hop}")
+        if token.hop < token.last:
+            name, _, number = self.id.rpartition("-")
+            following = (int(number) + 1) % token.size
+            data = {**token.model_dump(), "hop": token.hop + 1}
+            self.emit("ring.token", data, to=f"{name}-{following}")
 
 
 class Item(BaseModel):

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos import faults
 from foundation_nats.chaos.attached import Attached
-from foundation_nats.chaos.checkers import Judgement
-from foundation_nats.chaos.gauges import Gauges
+from foundation_nats.chaos.checkers import Gain, Judgement, worst_gains
+from foundation_nats.chaos.gauges import ALLOWED, Gauges
 from foundation_nats.chaos.history import History
 from foundation_nats.chaos.judging import Kept, judge, plain, why_void
 from foundation_nats.chaos.lab import Lab
@@ -47,7 +47,6 @@ from foundation_nats.chaos.observer import Observer, Seen
 from foundation_nats.chaos.plans import Plan, ddmin, signature
 from foundation_nats.chaos.workloads import WORKLOADS, Workload
 from foundation_nats.chaos.workloads.base import manifest_text
-from foundation_nats.chaos.workloads.churn import Churn
 from foundation_nats.config import Config
 from foundation_nats.errors import ConfigError, FoundationError
 from foundation_schemas import Deployment, InspectReply
@@ -120,6 +119,8 @@ class Round:
     false_downs: int = 0
     seconds: float = 0.0
     memory_mb: dict[str, float] = field(default_factory=dict)
+    gains: list[Gain] = field(default_factory=list)
+    """Of a soak: by unit, how near to a drift it was."""
 
     @property
     def violations(self) -> list[str]:
@@ -165,6 +166,7 @@ class Round:
             ],
             "seconds": round(self.seconds, 1),
             "memory_mb": self.memory_mb,
+            "gains": [asdict(item) for item in self.gains],
             "nodes": self.options.nodes,
             "brokers": self.options.brokers,
             "workloads": list(self.options.workloads),
@@ -195,7 +197,8 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
             await _under_trouble(lab, report, history, say)
             if isinstance(lab, Attached):
                 await lab.remove(
-                    [entry["name"] for entry in _entries(report)] + Churn.deployments()
+                    [entry["name"] for entry in _entries(report)]
+                    + [name for kind in WORKLOADS.values() for name in kind.deployments()]
                 )
     except Exception as error:  # whatever it is, the report must tell it
         report.failure = "; ".join(f"{type(one).__name__}: {one}" for one in _leaves(error))
@@ -439,6 +442,7 @@ def _judge(
     report: Round, kept: Kept, workloads: Sequence[Workload], history: History, seen: Seen
 ) -> None:
     report.judgements = judge(kept, workloads, history, seen)
+    report.gains = worst_gains(kept.series or (), ALLOWED)
     report.false_downs = sum(
         item.violations_count for item in report.judgements if item.checker == "false downs"
     )

@@ -5,7 +5,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundation_nats.chaos.faults import KINDS
@@ -125,21 +125,20 @@ def _both(spread: Mapping[str, float]) -> str:
     return f"{spread['p50']:.2f} / {spread['max']:.2f} s"
 
 
-def soak(found: Mapping[str, Any], command: str) -> str:
-    """The section about a soak; *found* is a campaign of one round with ``gains``."""
-    run = found["gains"]
+def soak(found: Mapping[str, Any], gains: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The section about a soak of one round; *gains* as `Round.to_json` has them."""
+    verdict = ", ".join(found["verdicts"])
     lines = [
         f"{found['at']}, version {found['version']} ({found['commit']}), {found['cores']} cores that "
         f"other work was using, too; {found['seconds'] / 60:.0f} minutes, {found['receipts']:,} "
-        f"receipted signals under {found['faults']} faults. Repeat it with `{command}`.",
+        f"receipted signals under {found['faults']} faults: {verdict}. Repeat it with `{command}`.",
         "",
-        "| what | series | largest at the beginning | largest gain | allowed there | verdict |",
-        "|---|--:|--:|--:|--:|---|",
+        "| of | series | nearest to its allowance | at the beginning | gained | allowed |",
+        "|---|--:|---|--:|--:|--:|",
         *(
-            f"| {item['unit']} | {item['series']} | {item['base']:,.1f} | {item['gain']:+,.1f} "
-            f"({item['name']}) | {item['allowed']:,.1f} "
-            f"| {'grows' if item['grows'] else 'does not grow'} |"
-            for item in run
+            f"| {item['unit']} | {item['series']} | {item['name']} | {item['base']:,.1f} "
+            f"| {item['gain']:+,.2f} | {item['allowed']:,.1f} |"
+            for item in gains
         ),
     ]
     return "\n".join(lines)

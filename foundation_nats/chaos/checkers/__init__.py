@@ -7,7 +7,7 @@ system's favour: what it could not decide it says.
 
 from foundation_nats.chaos.checkers.answers import check_answers
 from foundation_nats.chaos.checkers.capacity import check_capacity
-from foundation_nats.chaos.checkers.drift import Allowance, Series, check_drift
+from foundation_nats.chaos.checkers.drift import Allowance, Gain, Series, check_drift, worst_gains
 from foundation_nats.chaos.checkers.effects import check_effects, check_order
 from foundation_nats.chaos.checkers.exclusion import check_exclusion, check_fencing
 from foundation_nats.chaos.checkers.judgement import Judgement
@@ -20,6 +20,7 @@ from foundation_nats.chaos.checkers.tallies import Tally, check_tallies
 
 __all__ = [
     "Allowance",
+    "Gain",
     "Judgement",
     "Series",
     "Tally",
@@ -40,4 +41,5 @@ __all__ = [
     "check_records",
     "check_reservations",
     "check_tallies",
+    "worst_gains",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foundation_nats.chaos.checkers.judgement import Judgement
 
@@ -61,6 +61,37 @@ def gained(samples: Sequence[tuple[float, float]]) -> tuple[float, float] | None
     ]
     base = statistics.median(value for _, value in settled[: len(settled) // 4 + 1])
     return base, statistics.median(slopes) * (settled[-1][0] - settled[0][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Of all series of a unit the one that came nearest to what is allowed, or went beyond it."""
+
+    unit: str
+    series: int
+    """How many were long enough to look at."""
+    name: str
+    base: float
+    gain: float
+    allowed: float
+    grows: bool
+
+
+def worst_gains(series: Iterable[Series], allowed: Mapping[str, Allowance]) -> list[Gain]:
+    """For people: by unit, how near to a drift it was."""
+    counts: dict[str, int] = {}
+    worst: dict[str, Gain] = {}
+    for item in series:
+        found = gained(item.samples)
+        if found is None:
+            continue
+        base, gain = found
+        limit = max(allowed[item.unit].absolute, base * allowed[item.unit].share)
+        counts[item.unit] = counts.get(item.unit, 0) + 1
+        before = worst.get(item.unit)
+        if before is None or gain / limit > before.gain / before.allowed:
+            worst[item.unit] = Gain(item.unit, 0, item.name, base, gain, limit, gain > limit)
+    return [replace(item, series=counts[item.unit]) for item in worst.values()]
 
 
 def check_drift(series: Iterable[Series], allowed: Mapping[str, Allowance]) -> Judgement:

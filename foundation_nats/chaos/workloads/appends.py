@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_effects, check_order
-from foundation_nats.chaos.history import History
+from foundation_nats.chaos.history import History, Operation
 from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import (
     Workload,
@@ -215,3 +216,65 @@ class Fanout(_Lists):
     def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Exactly once; no order is promised across an expansion."""
         return super().judge(found, history, seen)[:1]
+
+
+class Rings(_Lists):
+    """Tokens that go round a ring of agents, which each emit because of the one before."""
+
+    name = "ring"
+    functions = ("send",)
+    kind = "ring.token"
+    base_pause_s = 0.4
+    stations = 5
+    hops = 12
+
+    def targets(self) -> list[str]:
+        """Where tokens begin."""
+        return [f"station-{number}" for number in range(0, self.stations, 2)]
+
+    def receivers(self) -> dict[str, list[str]]:
+        """Everybody: a token goes round twice."""
+        return dict.fromkeys(self.targets(), self._stations())
+
+    def _stations(self) -> list[str]:
+        return [f"station-{number}" for number in range(self.stations)]
+
+    def payload(self, key: str) -> dict[str, Any]:
+        """A token."""
+        return {"key": key, "hop": 0, "last": self.hops - 1, "size": self.stations}
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """The stations."""
+        return [
+            {
+                "name": "station",
+                "run": "foundation_nats.chaos.agents:Station",
+                "replicas": self.stations,
+                "critical": True,
+            }
+        ]
+
+    def _by_hop(self, history: History) -> list[Operation]:
+        """Each token's sending as so many, one for each station that it passes."""
+        found = []
+        for item in self.mine(history):
+            first = int(item.key.rpartition("-")[2])
+            for hop in range(self.hops):
+                station = f"station-{(first + hop) % self.stations}"
+                found.append(replace(item, key=station, value=f"{item.value}/{hop}"))
+        return found
+
+    async def missing(self, eye: Cluster, history: History) -> str | None:
+        """Which token has not gone its way."""
+        found = await states(eye, self._stations())
+        passed = {station: set(state.get("applied", ())) for station, state in found.items()}
+        for item in self._by_hop(history):
+            if item.outcome == "ok" and item.value not in passed[item.key]:
+                return f"{item.value} has not passed {item.key}"
+        return None
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
+        """Every hop of every token once."""
+        applied = {agent: state.get("applied", []) for agent, state in found["states"].items()}
+        receivers = {station: [station] for station in self._stations()}
+        return [check_effects(self._by_hop(history), applied, receivers)]

@@ -35,6 +35,8 @@ class Workload(ABC):
     """The `f` of its operations."""
     operations_min: ClassVar[int] = 10
     """With fewer operations that ended well it has shown nothing, and the round is void."""
+    needs_lab: ClassVar[bool] = False
+    """Whether it can't be put beside what runs in somebody's cluster."""
 
     def __init__(self, seed: int, *, rate: float = 1.0) -> None:
         self.chance = random.Random(f"{self.name}-{seed}")
@@ -50,6 +52,11 @@ class Workload(ABC):
         self, clients: Sequence[Cluster], history: History, stopping: asyncio.Event
     ) -> None:
         """Work until told to stop."""
+
+    @classmethod
+    def deployments(cls) -> list[str]:
+        """What it may leave behind, beside the agents of its manifest."""
+        return []
 
     async def missing(self, eye: Cluster, history: History) -> str | None:
         """What must still happen before judging; None: nothing."""

@@ -15,7 +15,7 @@ from foundation_nats.bus.kv import Bucket
 from foundation_nats.chaos.checkers import Judgement, check_answers, check_linearizable
 from foundation_nats.chaos.history import History
 from foundation_nats.chaos.observer import Seen
-from foundation_nats.chaos.workloads.base import Workload, in_parallel
+from foundation_nats.chaos.workloads.base import Workload, in_parallel, states
 from foundation_nats.errors import AlreadyExistsError, FoundationError, StaleRevisionError
 
 _ASK_TIMEOUT_S = 1.5
@@ -27,6 +27,7 @@ class _Clients(Workload):
     objects = 4
     clients_per_object = 4
     base_pause_s = 0.03
+    invariant = 5
 
     def __init__(self, seed: int, *, rate: float = 1.0) -> None:
         super().__init__(seed, rate=rate)
@@ -93,7 +94,7 @@ class _Clients(Workload):
     def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
         """Some order explains every answer."""
         judgement = check_linearizable(self.mine(history))
-        judgement.invariant = 5 if self.name == "register" else 13
+        judgement.invariant = self.invariant
         return [judgement]
 
 
@@ -102,13 +103,15 @@ class Registers(_Clients):
 
     name = "register"
     functions = ("read", "write", "cas")
+    kind = "Register"
+    """The class of its agents."""
 
     def manifest(self) -> list[dict[str, Any]]:
         """The registers."""
         return [
             {
-                "name": "register",
-                "run": "foundation_nats.chaos.agents:Register",
+                "name": self.name,
+                "run": f"foundation_nats.chaos.agents:{self.kind}",
                 "replicas": self.objects,
                 "critical": True,
             }
@@ -138,11 +141,31 @@ class Registers(_Clients):
         return [*super().judge(found, history, seen), check_answers(self.mine(history))]
 
 
+class Drowsy(Registers):
+    """Registers that nobody asks for long enough to fall asleep, again and again."""
+
+    name = "drowsy"
+    kind = "DrowsyRegister"
+    clients_per_object = 2
+    base_pause_s = 0.6
+
+    async def collect(self, eye: Cluster) -> dict[str, Any]:
+        """How often each woke up."""
+        return {"states": await states(eye, [f"{self.name}-{n}" for n in range(self.objects)])}
+
+    def judge(self, found: Mapping[str, Any], history: History, seen: Seen) -> list[Judgement]:
+        """As registers; and if none of them ever slept, nothing was shown."""
+        slept = Judgement("sleep", 5)
+        slept.looked_at = sum(state.get("woken", 0) for state in found["states"].values())
+        return [*super().judge(found, history, seen), slept]
+
+
 class Keys(_Clients):
     """Keys of a bucket, as the registry uses them: reads from the leader, writes by revision."""
 
     name = "key"
     functions = ("read", "write", "cas")
+    invariant = 13
 
     def manifest(self) -> list[dict[str, Any]]:
         """None: it speaks with the store alone."""
