@@ -70,6 +70,13 @@ _Purge = Annotated[
         help="Also delete the state and the mailboxes of the agents that go; for good.",
     ),
 ]
+_Prune = Annotated[
+    bool,
+    typer.Option(
+        "--prune",
+        help="Delete every deployment that the manifest doesn't name, whoever has applied it.",
+    ),
+]
 _Name = Annotated[
     str,
     typer.Argument(
@@ -155,13 +162,14 @@ async def wait_settled(
 
 
 async def apply_and_wait(
-    cluster: Cluster, shared: Shared, manifest: Path, wait_s: float
+    cluster: Cluster, shared: Shared, manifest: Path, wait_s: float, *, prune: bool = False
 ) -> dict[str, Any]:
     """Deploy *manifest*, showing the phases; the document that `deploy -o json` prints."""
     deployments = cluster.deployments.read(manifest)
     names = [item.name for item in deployments]
     if wait_s <= 0:
-        changes = [change_json(item) for item in await cluster.deployments.apply(deployments)]
+        applied = await cluster.deployments.apply(deployments, prune=prune)
+        changes = [change_json(item) for item in applied]
         if shared.format is Output.TABLE:
             for change in changes:
                 render.talk(change_text(change))
@@ -182,7 +190,7 @@ async def apply_and_wait(
     shown_lines: list[str] = []
     try:
         report = await cluster.deployments.deploy(
-            deployments, timeout=wait_s, on_progress=on_progress
+            deployments, timeout=wait_s, prune=prune, on_progress=on_progress
         )
     finally:
         calm.end([line for line in shown_lines if not line.startswith(_AHEAD)])
@@ -266,18 +274,19 @@ def deploy(
     manifest: _Manifest,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would change.")] = False,
     wait: _Wait = WAIT_DEFAULT,  # type: ignore[assignment]
+    prune: _Prune = False,
 ) -> None:
     """Store what shall run, and wait until it does: cluster, core services, agents, health.
 
     Example: foundation deploy agents.yaml --wait 1m
     """
     if plan:
-        _plan(shared, manifest, exit_code=False)
+        _plan(shared, manifest, exit_code=False, prune=prune)
         return
 
     async def main() -> dict[str, Any]:
         async with connected(shared) as cluster:
-            return await apply_and_wait(cluster, shared, manifest, wait)
+            return await apply_and_wait(cluster, shared, manifest, wait, prune=prune)
 
     found = run(main)
     if not render.document(shared, found):
@@ -297,18 +306,19 @@ def plan(
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="End with 6 if anything would change.")
     ] = False,
+    prune: _Prune = False,
 ) -> None:
     """Show what a deploy would change, and what would start where.
 
     Example: foundation plan agents.yaml --exit-code
     """
-    _plan(shared, manifest, exit_code=exit_code)
+    _plan(shared, manifest, exit_code=exit_code, prune=prune)
 
 
-def _plan(shared: Shared, manifest: Path, *, exit_code: bool) -> None:
+def _plan(shared: Shared, manifest: Path, *, exit_code: bool, prune: bool) -> None:
     async def main() -> Any:
         async with connected(shared) as cluster:
-            return await cluster.deployments.plan(manifest)
+            return await cluster.deployments.plan(manifest, prune=prune)
 
     found = plan_json(run(main))
     if not render.document(shared, found):
@@ -389,7 +399,10 @@ def scale(
                 return found
             return [await cluster.deployments.status(name)]
 
-    _show(shared, run(main))
+    statuses = run(main)
+    _show(shared, statuses)
+    if shared.format is Output.TABLE and any(status.autoscale for status in statuses):
+        render.talk(f"{name} scales itself, and goes on from {replicas} by what there is to do.")
 
 
 @with_shared

@@ -66,8 +66,29 @@ DEPLOYMENT_COLUMNS = (
     Column("settled", lambda d: d["settled"]),
     Column("critical", lambda d: d["critical"]),
     Column("revision", lambda d: d["revision"], right=True),
+    Column("state", lambda d: deployment_state(d), free=True),
     Column("reason", lambda d: first_reason(d), free=True),
 )
+
+
+def deployment_state(deployment: dict[str, Any]) -> str:
+    """What becomes of it: its rollout, and how it scales itself; empty where there is nothing to say."""
+    parts = []
+    if deployment.get("rolling"):
+        word = "paused" if deployment.get("paused") else "rolling"
+        parts.append(f"{word} {deployment['updated']}/{deployment['desired']}")
+    elif deployment.get("paused"):
+        parts.append("paused")
+    if stuck := deployment.get("stuck"):
+        parts.append(f"stuck: {stuck}")
+    if rolled_back := deployment.get("rolled_back"):
+        parts.append(f"rolled back: {rolled_back}")
+    if auto := deployment.get("autoscale"):
+        aims = [f"{key} {auto[key]:g}" for key in ("backlog", "cpu") if auto.get(key) is not None]
+        if auto.get("metric"):
+            aims.append(f"{auto['metric']} {auto['target']:g}")
+        parts.append(f"scales {auto['min']}-{auto['max']} by {', '.join(aims)}")
+    return "; ".join(parts)
 
 
 def _percent(share: float | None) -> str:

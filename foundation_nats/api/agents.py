@@ -239,6 +239,18 @@ class Agents:
                 found.append(info)
         return found
 
+    async def by_node(self) -> dict[str | None, builtins.list[AgentInfo]]:
+        """Node to its agents, by name and id; None to those that have no node, if there are any.
+
+        A node that has no agents is missing: `cluster.nodes.list` knows all nodes.
+        """
+        found: dict[str | None, builtins.list[AgentInfo]] = {}
+        for info in sorted(
+            await self.list(), key=lambda item: (item.node is None, item.node or "")
+        ):
+            found.setdefault(info.node, []).append(info)
+        return found
+
     async def find(self, capability: str) -> builtins.list[AgentInfo]:
         """Every agent that provides *capability*, by id."""
         return await self.list(capability=capability)

@@ -20,7 +20,7 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.bus import assets, rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.cluster.registry import Held
-from foundation_nats.control.diff import DeploymentChange
+from foundation_nats.control.diff import ChangeKind, DeploymentChange
 from foundation_nats.control.status import deployment_status
 from foundation_nats.errors import BusError, FoundationError, NotSettledError
 from foundation_schemas import (
@@ -95,8 +95,11 @@ Check = Callable[[], Awaitable[tuple[bool, str]]]
 class Deploying:
     """One deploy."""
 
-    def __init__(self, cluster: Cluster, timeout: float, watcher: Watcher | None) -> None:
+    def __init__(
+        self, cluster: Cluster, timeout: float, watcher: Watcher | None, *, prune: bool = False
+    ) -> None:
         self._cluster = cluster
+        self._prune = prune
         self._timeout = timeout
         self._deadline = monotonic() + timeout
         self._watcher = watcher
@@ -135,7 +138,8 @@ class Deploying:
         is_formed = await self._until(
             PhaseName.CLUSTER, self._formed, min(self._deadline, began + _UNCHECKED_AFTER_S)
         )
-        report.changes = await cluster.deployments.apply(wished)
+        report.changes = await cluster.deployments.apply(wished, prune=self._prune)
+        self._names += [item.name for item in report.changes if item.kind is ChangeKind.REMOVED]
         if not is_formed and not await self._until(PhaseName.CLUSTER, self._formed, began=began):
             raise self._late(PhaseName.CLUSTER, "The cluster is not formed")
         if not await self._until(PhaseName.SERVICES, self._services):

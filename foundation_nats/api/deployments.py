@@ -80,12 +80,18 @@ class Deployments:
             if entry.value is not None
         }
 
-    async def apply(self, wished: Wished, *, validate: bool = True) -> list[DeploymentChange]:
+    async def apply(
+        self, wished: Wished, *, validate: bool = True, prune: bool = False
+    ) -> list[DeploymentChange]:
         """Store wishes; the cluster makes them true. Idempotent.
 
         With *validate* a node imports each class first, and what the class
         declares (capabilities, durable, critical) becomes part of the wish. If
         no node is up, the wish is stored unchecked.
+
+        With *prune* what *wished* doesn't name is deleted, as by `delete`: all other
+        deployments of the cluster, whoever has applied them. Single agents that were started
+        by themselves (`agents.start`, `ctx.spawn`) stay.
 
         Raises:
             ManifestError, ConfigError: wrong; nothing was stored.
@@ -95,18 +101,20 @@ class Deployments:
         if validate:
             deployments = await self._validated(deployments)
         desired = await self._desired()
-        return await desired.apply(deployments)
+        return await desired.apply(deployments, prune=prune)
 
     async def deploy(
         self,
         wished: Wished,
         *,
         timeout: float = 30.0,
+        prune: bool = False,
         on_progress: Callable[[DeployReport], None] | None = None,
     ) -> DeployReport:
         """`apply`, and wait until every phase has passed: cluster, services, agents, health.
 
         Args:
+            prune: delete what *wished* doesn't name, and wait until its agents have ended, too.
             on_progress: called with the report whenever something has changed in it.
 
         Raises:
@@ -117,7 +125,8 @@ class Deployments:
         """
         from foundation_nats.api.deploying import Deploying
 
-        return await Deploying(self._cluster, timeout, on_progress).run(self.read(wished))
+        deploying = Deploying(self._cluster, timeout, on_progress, prune=prune)
+        return await deploying.run(self.read(wished))
 
     async def _desired(self) -> Desired:
         return await self._cluster._open_desired()
@@ -157,7 +166,7 @@ class Deployments:
                 return None
             await asyncio.sleep(_DESCRIBE_RETRY_S)
 
-    async def plan(self, wished: Wished) -> Preview:
+    async def plan(self, wished: Wished, *, prune: bool = False) -> Preview:
         """What `apply` would change, and on which node each new agent would start."""
         deployments = await self._validated(self.read(wished))
         nodes = await self._cluster.nodes.views()
@@ -168,6 +177,7 @@ class Deployments:
             await self._held(),
             nodes,
             self._cluster.config.control,
+            prune=prune,
             leader=None if leader is None else leader.holder,
             reservations=await self._cluster.resources.reservations(nodes),
         )

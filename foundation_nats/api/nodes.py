@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from foundation_nats.api.moves import DrainReport
@@ -13,9 +13,14 @@ from foundation_nats.api.watching import NodeChange, Watcher
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
-from foundation_nats.cluster.view import NodeView
+from foundation_nats.cluster.view import ClusterView, NodeView
 from foundation_nats.control.rebalance import Drain
-from foundation_nats.errors import BusTimeoutError, NodeNotFoundError, NoRespondersError
+from foundation_nats.errors import (
+    BusTimeoutError,
+    ConfigError,
+    NodeNotFoundError,
+    NoRespondersError,
+)
 from foundation_schemas import (
     BrakeReply,
     Cordon,
@@ -24,10 +29,13 @@ from foundation_schemas import (
     Load,
     NodeRecord,
     NodeStatus,
+    is_name,
 )
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+    from foundation_nats.api.scaling import Removed
+    from foundation_nats.launch.launcher import Launcher
 
 _ASK_S = 0.6
 LEADER_KEY = "leader"
@@ -112,6 +120,19 @@ class Nodes:
             status = NodeStatus(node.status)
             found[node.name] = NodeView(record, status, load, True, flaps=node.distrusted)
         return found
+
+    async def view(self) -> ClusterView:
+        """The nodes at this moment as this client sees them, all at once: an immutable snapshot.
+
+        By listening, not by asking, so it costs nothing to take; the first call begins to
+        listen, which costs some 0.3 s. Its `revision` grows with every change, so that two
+        views of one client can be put in order; views of two clients can't. To follow
+        changes, `watch`.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: the nodes could not be read.
+        """
+        return (await self._cluster._open_changes()).view()
 
     async def _info(
         self, record: NodeRecord, leader: LeaseRecord | None, cordon: Cordon | None
@@ -221,6 +242,97 @@ class Nodes:
         """
         return await self._cluster.mover.drain(
             name, timeout=timeout, force=force, reason=reason, on_progress=on_progress
+        )
+
+    # ---- more and fewer ----------------------------------------------------------
+
+    async def add(
+        self,
+        count: int = 1,
+        *,
+        prefix: str = "node",
+        workers: int | None = None,
+        imports: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+        capabilities: Sequence[str] = (),
+        capacity: Mapping[str, float] | None = None,
+        launcher: str | Launcher | None = None,
+        timeout: float = 60.0,
+    ) -> builtins.list[NodeInfo]:
+        """Start nodes named *prefix* and the next free numbers, and wait until they are up.
+
+        Args:
+            launcher: ``local`` (processes of this machine that outlive this program), ``command``,
+                one of an installed package, or one of your own; None: as ``launcher.kind`` says.
+
+        Raises:
+            ConfigError: an argument or a setting of the launcher is wrong.
+            LaunchError: one could not be started; `details["started"]` names the others.
+            NotSettledError: not up in time, or ended before; with what its log says.
+            BusUnavailableError, BusTimeoutError
+        """
+        from foundation_nats.api.scaling import add_nodes
+        from foundation_nats.launch.launcher import LaunchOptions
+        from foundation_nats.launch.registry import launcher_of
+
+        if count < 1:
+            raise ConfigError(f"At least one node must be added, not {count}.")
+        if not is_name(f"{prefix}-1"):
+            raise ConfigError(
+                f"{prefix!r} can't begin a node's name: use letters, digits, '-' and '_'."
+            )
+        config = self._cluster.config
+        if launcher is None or isinstance(launcher, str):
+            launcher = launcher_of(launcher or config.launcher.kind, config)
+        options = LaunchOptions(
+            workers=workers,
+            imports=tuple(imports),
+            labels=dict(labels or {}),
+            capabilities=tuple(capabilities),
+            capacity=dict(capacity or {}),
+        )
+        return await add_nodes(
+            self._cluster, launcher, count, prefix=prefix, options=options, timeout=timeout
+        )
+
+    async def remove(
+        self,
+        *names: str,
+        force: bool = False,
+        launcher: str | Launcher | None = None,
+        timeout: float = 60.0,
+    ) -> builtins.list[Removed]:
+        """Drain nodes, let them end, and wait until they have left.
+
+        Args:
+            force: also where no node would be left to take the agents.
+            launcher: who clears away what is left of a node; None: whoever has started it from
+                this machine, and else nobody: it is asked to drain and end by itself.
+
+        Raises:
+            NodeNotFoundError: there is none of that name; nothing was done.
+            ConflictError: no node would be left, or one runs within another program.
+            NotSettledError: not gone in time.
+            LaunchError: what is left of one could not be cleared away.
+            BusUnavailableError, BusTimeoutError
+        """
+        from foundation_nats.api.scaling import remove_nodes
+        from foundation_nats.launch.registry import launcher_of, starter_of
+
+        config = self._cluster.config
+        is_said = launcher is not None or config.launcher.kind != "local"
+        given = launcher
+
+        def launcher_for(name: str) -> Launcher | None:
+            if given is not None and not isinstance(given, str):
+                return given
+            known = starter_of(name, config)
+            if known is not None or not is_said:
+                return known
+            return launcher_of(given or config.launcher.kind, config)
+
+        return await remove_nodes(
+            self._cluster, names, launcher_of=launcher_for, timeout=timeout, force=force
         )
 
     # ---- coming and going --------------------------------------------------------

@@ -24,7 +24,7 @@ def deployment_status(deployment: Deployment, held: Iterable[Held]) -> Deploymen
     """Wish and fact side by side; *held* may be the whole registry."""
     wanted = dict.fromkeys(deployment.agent_ids(), False)
     digest = deployment.spec.digest()
-    running = pending = failed = other = 0
+    running = pending = failed = other = updated = 0
     is_settled = True
     reasons: dict[str, str] = {}
     for record in records_of(deployment, held):
@@ -43,6 +43,8 @@ def deployment_status(deployment: Deployment, held: Iterable[Held]) -> Deploymen
                 failed += 1
             case _:
                 other += 1
+        if record.status is AgentStatus.RUNNING and record.digest == digest:
+            updated += record.desired == "run"
         at_rest = record.status in (AgentStatus.RUNNING, AgentStatus.HIBERNATED) or finished
         if not at_rest or record.digest != digest or record.desired != "run":
             is_settled = False
@@ -66,4 +68,10 @@ def deployment_status(deployment: Deployment, held: Iterable[Held]) -> Deploymen
         critical=deployment.spec.critical,
         settled=is_settled,
         reasons=reasons,
+        updated=updated,
+        rolling=deployment.rolling,
+        paused=deployment.paused,
+        stuck=deployment.stuck,
+        rolled_back=deployment.rolled_back,
+        autoscale=deployment.autoscale,
     )

@@ -165,3 +165,15 @@ class DeploymentStatus(WireModel):
     """Every wished agent runs the wished spec, and none is left over."""
     reasons: dict[str, str] = Field(default_factory=dict)
     """Agent id to why it does not run; at most 20."""
+    updated: int = 0
+    """How many run the wished spec."""
+    rolling: bool = False
+    """Its agents are passing to the wished spec …"""
+    paused: bool = False
+    """… or would, were it not paused."""
+    stuck: str | None = None
+    """Why they don't get there."""
+    rolled_back: str | None = None
+    """Why the spec is an earlier one again."""
+    autoscale: Autoscale | None = None
+    """By what it scales itself, and how far."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import orjson
 import pytest
 
+from foundation_cli import render
+from foundation_cli.status import deployment_state
 from foundation_nats.errors import ConfigError
 from foundation_nats.testing import TestCluster, eventually
 from tests.conftest import AGENTS
@@ -88,3 +93,29 @@ async def test_a_person_does_not_scale_it_beyond_its_limits() -> None:
                 await deployments.scale("slow", replicas)
             assert "autoscale" in (caught.value.hint or "")
         assert (await deployments.scale("slow", 3)).replicas == 3
+
+
+async def test_it_follows_the_cpu_of_its_nodes() -> None:
+    """One that aims at next to nothing grows while cpu is used; one that aims at all of it does not."""
+    low, high = manifest(cpu=0.01, cooldown_s=60), manifest(cpu=1.0, cooldown_s=60)
+    async with TestCluster(nodes=1, path=[str(AGENTS)], settings=SETTINGS) as nodes:
+        cluster = nodes.client
+        await cluster.deployments.apply(low)
+        await cluster.deployments.apply(high.replace('"slow"', '"calm"'))
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+
+            async def grown() -> bool:
+                return (await cluster.deployments.wishes())["slow"].replicas == 4
+
+            await eventually(grown, timeout=20, message="it grows with the cpu that is used")
+        finally:
+            busy.kill()
+            busy.wait()
+        assert (await cluster.deployments.wishes())["calm"].replicas == 1
+        status = await cluster.deployments.status("slow")
+        assert status.autoscale is not None
+        assert deployment_state(render.plain(status)) == "scales 1-4 by cpu 0.01"
+        scaled = [e for e in await cluster.events.list(topic="deployment") if e.what == "scaled"]
+        assert {event.data["name"] for event in scaled} == {"slow"}
+        assert scaled[0].data["why"].startswith("autoscale: cpu ")

@@ -136,3 +136,23 @@ async def test_replicas_that_left_find_their_state_and_mailbox_again_unless_purg
         assert len(await deployments.purge("c")) >= 4
         stored = await cluster.agents.state("one")
         assert stored is not None, json.dumps(stored)
+
+
+async def test_what_a_manifest_does_not_name_goes_only_when_that_is_said() -> None:
+    """Pruned deployments are gone when the deploy ends; an agent started by itself stays."""
+    agent = "{{name: {0}, run: 'fleet:Counter', replicas: 2}}"
+    both = "{version: 1, agents: [" + ", ".join(agent.format(n) for n in ("a", "b")) + "]}"
+    one = "{version: 1, agents: [" + agent.format("a") + "]}"
+    async with TestCluster(nodes=1, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        await cluster.agents.start("fleet:Counter", id="single")
+        await cluster.deployments.deploy(both)
+        report = await cluster.deployments.deploy(one)
+        assert [change.kind.name for change in report.changes] == ["SAME"]
+        found = await cluster.deployments.plan(one, prune=True)
+        assert [(c.name, c.kind.name) for c in found.changes] == [("a", "SAME"), ("b", "REMOVED")]
+        assert set(found.leaving) == {"b-0", "b-1"}
+        assert set(await cluster.deployments.wishes()) == {"a", "b", "single"}
+        report = await cluster.deployments.deploy(one, prune=True)
+        assert [change.kind.name for change in report.changes] == ["SAME", "REMOVED"]
+        assert {info.id for info in await cluster.agents.list()} == {"a-0", "a-1", "single"}

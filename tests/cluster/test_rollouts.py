@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
+from foundation_cli import render
+from foundation_cli.status import deployment_state
 from foundation_nats import Cluster
 from foundation_nats.control.rollouts import Phase
 from foundation_nats.errors import ConfigError, RolloutFailedError
@@ -92,6 +94,9 @@ async def test_a_spec_that_does_not_get_ready_is_taken_back(fault: dict[str, Any
         found = await cluster.deployments.history("p")
         assert [item.outcome for item in found] == ["superseded", "failed"]
         assert found[-1].reason
+        status = await cluster.deployments.status("p")
+        assert status.updated == REPLICAS
+        assert "rolled back: " in deployment_state(render.plain(status))
 
 
 async def test_a_pause_holds_it_and_undo_goes_back() -> None:
@@ -112,6 +117,9 @@ async def test_a_pause_holds_it_and_undo_goes_back() -> None:
         await eventually(steady, message="those that were restarted are back")
         found = await cluster.deployments.rollout("p")
         assert found.updated < REPLICAS
+        status = await cluster.deployments.status("p")
+        assert (status.rolling, status.paused, status.updated) == (True, True, found.updated)
+        assert deployment_state(render.plain(status)) == f"paused {found.updated}/{REPLICAS}"
         await cluster.deployments.resume("p")
         await cluster.deployments.wait_rollout("p", timeout=30)
         assert await versions(cluster) == ["2"] * REPLICAS
@@ -122,7 +130,7 @@ async def test_a_pause_holds_it_and_undo_goes_back() -> None:
 
 async def test_a_leader_killed_in_the_middle_is_succeeded_by_one_that_finishes() -> None:
     """Signals sent all the while take effect once."""
-    settings = {"worker": {"ready_timeout_s": 1.0}}
+    settings = {"worker": {"ready_timeout_s": 1.0}, "control": {"unavailable_grace_s": 1.0}}
     async with TestCluster(nodes=3, path=[str(AGENTS)], settings=settings) as nodes:
         cluster = nodes.client
         await deployed(cluster, manifest(1))
