@@ -1,18 +1,20 @@
 """Commands that take part in the coordination patterns, for shells: JSON values in, one JSON line out.
 
-``foundation run barrier|vote|cast|auction|saga|pipeline|map-reduce|leader-follower|put|work|dead``. What they
-start survives them: the same command again, with the same id, goes on where an interrupted one was, or repeats its result.
+``foundation run barrier|vote|cast|auction|saga|pipeline|map-reduce|leader-follower|put|work|dead``, and those of
+`holding`. What they start survives them: the same command again, with the same id, goes on where an interrupted one was, or
+repeats its result.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from foundation_cli import render, values
+from foundation_cli import holding, render, values
 from foundation_cli.connection import (
     Output,
     Shared,
@@ -22,7 +24,7 @@ from foundation_cli.connection import (
     with_shared,
 )
 
-_HELP = """Barriers, votes, auctions, sagas, pipelines, map-reduce, groups and queues, from a shell.
+_HELP = """Patterns among agents, programs and shells: rights, meetings, decisions, streams of work, queues.
 
 The same command with the same id goes on with an interrupted one, or repeats its result.
 """
@@ -541,27 +543,74 @@ def leader_follower(
             show_default="15s",
         ),
     ] = "15s",  # type: ignore[assignment]
+    read: Annotated[
+        bool, typer.Option("--read", help="Print what the group knows, in one line, and end.")
+    ] = False,
+    max_age: Annotated[
+        float,
+        typer.Option(
+            "--max-age",
+            metavar="DURATION",
+            parser=values.duration,
+            help="With --read: it may be so old; 0s: all that was appended before.",
+            show_default="0s",
+        ),
+    ] = "0s",  # type: ignore[assignment]
+    apply: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sum|min|max|merge",
+            help="What the entries make together; the same for all members.",
+        ),
+    ] = None,
+    initial: Annotated[
+        str | None, typer.Option(metavar="JSON", help="With --apply: before the first entry.")
+    ] = None,
 ) -> None:
     """Follow a group's log, one line per entry; as a member also stand for leader, and append.
 
+    With --read: print index, term, leader, age and the newest entry, and with --apply the value.
+
     Example: foundation run leader-follower ledger --after 0
+    Example: foundation run leader-follower ledger --read --max-age 1s --apply sum --initial 0
     Example: foundation run leader-follower ledger - --as a < entries.jsonl
     """
     if entries is not None and member is None:
         raise typer.BadParameter("Only a member appends: say who we are.", param_hint="--as")
+    if read and (entries is not None or member is not None):
+        raise typer.BadParameter(
+            "Who reads does not take part: give it alone.", param_hint="--read"
+        )
     source = None if entries is None else _items(entries)
+    begin = values.json_value(initial)
 
     def show(entry: Any) -> None:
         found = {"group": name, **render.plain(entry)}
         _say(shared, found, f"{entry.index} (term {entry.term}): {render.json_text(entry.value)}")
 
+    def tell(view: Any, newest: Any) -> None:
+        found = {"group": name, **render.plain(view), "newest": render.plain(newest)}
+        if apply is None:
+            del found["value"]
+        value = "" if apply is None else f"{render.json_text(view.value)} "
+        text = f"{value}at {view.index} (term {view.term}, {view.leader or 'nobody'} leads), {view.age_s:.3f} s old"
+        _say(shared, found, text)
+
     async def main() -> None:
         from foundation_nats.coordination import leader_follower as make
+        from foundation_nats.coordination.map_reduce import FOLDS
 
+        if apply is not None and apply not in FOLDS:
+            raise typer.BadParameter(f"{apply!r} is none of {', '.join(FOLDS)}.")
+        fold = None if apply is None else FOLDS[apply]
         async with (
             connected(shared) as cluster,
-            make(cluster, name, member=member, ttl_s=ttl) as group,
+            make(cluster, name, member=member, ttl_s=ttl, apply=fold, initial=begin) as group,
         ):
+            if read:
+                view = await group.read(max_age=max_age, timeout=shared.timeout_s)
+                tell(view, group.newest)
+                return
             done = 0
             if source is None:
                 async for entry in group.entries(after=after):
@@ -766,27 +815,40 @@ _DEAD = (
 )
 
 
+_SECTIONS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Only one, or so many, at a time": (holding.lock, holding.semaphore, holding.election),
+    "Together": (barrier, vote, cast, auction, leader_follower, holding.counter),
+    "Work through agents": (saga, pipeline, map_reduce),
+    "Queues": (put, work, dead),
+}
+
+
+class _Sections(typer.core.TyperGroup):
+    """A group whose help says what its commands are for."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """In the sections above."""
+        found = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        limit = formatter.width - 6 - max(map(len, found))
+        for heading, functions in _SECTIONS.items():
+            names = [function.__name__.replace("_", "-") for function in functions]
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(n, c.get_short_help_str(limit)) for n in names if (c := found[n]) is not None]
+                )
+
+
 def register(app: typer.Typer) -> None:
     """Add the group to *app*."""
     group = typer.Typer(
         name="run",
+        cls=_Sections,
         help=_HELP,
         callback=group_callback(_HELP),
         no_args_is_help=True,
         rich_markup_mode=None,
     )
-    for command in (
-        barrier,
-        vote,
-        cast,
-        auction,
-        saga,
-        pipeline,
-        map_reduce,
-        leader_follower,
-        put,
-        work,
-        dead,
-    ):
-        group.command()(command)
+    for functions in _SECTIONS.values():
+        for function in functions:
+            group.command()(function)
     app.add_typer(group)

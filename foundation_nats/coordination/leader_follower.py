@@ -463,6 +463,11 @@ class Group:
             return found
         return GroupView(found.value, found.index, found.term, found.leader, monotonic() - asked)
 
+    @property
+    def newest(self) -> GroupEntry | None:
+        """The last entry that we know of; None: there is none, or it was before the last snapshot."""
+        return self._kept[-1] if self._kept else None
+
     async def entries(self, *, after: int | None = None) -> AsyncIterator[GroupEntry]:
         """Each entry behind *after*, in order, as they come; None: from now on.
 
