@@ -13,7 +13,10 @@ import pytest
 from foundation_nats.testing import TestCluster, TestServer
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = ["rendezvous", "ballot", "contract", "trip", "jobs", "labels", "wordcount", "ledger"]
+EXAMPLES = [
+    "rendezvous", "ballot", "contract", "trip", "jobs", "labels", "wordcount", "ledger",
+    "nightly", "gpu", "hits",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -105,3 +108,29 @@ async def test_another_leads_and_the_sum_goes_on(server: TestServer) -> None:
         "entry 3 in a later term: True",
         "the sum is 42",
     ]
+
+
+async def test_one_host_after_the_other_leads_and_has_the_lock(server: TestServer) -> None:
+    """A lock that somebody else holds is left alone, and says whose it is."""
+    archive = "leaves the archive alone: The lock archive was held by an operator"
+    assert _run("nightly", server.url) == [
+        "host-1 leads and writes the report",
+        f"host-1 {archive}",
+        "host-2 leads and writes the report",
+        f"host-2 {archive}",
+        "fencing tokens grow: True",
+    ]
+
+
+async def test_two_jobs_run_at_a_time(server: TestServer) -> None:
+    """Of five."""
+    assert _run("gpu", server.url) == [
+        "5 jobs, at most 2 at a time",
+        "each had a fencing token of its own: True",
+    ]
+
+
+async def test_hits_of_three_servers_add_up(server: TestServer) -> None:
+    """A second run repeats the same increments: they count once."""
+    for _ in range(2):
+        assert _run("hits", server.url) == ["60 hits", "  web-1 10", "  web-2 20", "  web-3 30"]
