@@ -66,6 +66,12 @@ POINTS = frozenset(
         "timer.before",
         "timer.after_publish",
         "timer.before_ack",
+        "cell.after_cas",
+        "desk.after_ask",
+        "pipeline.before_handed_out",
+        "map.before_counted",
+        "lock.taken",
+        "counter.after_cas",
     }
 )
 """Every name in the code; a typo in a test is an error, not a test that can't fail."""

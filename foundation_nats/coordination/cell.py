@@ -20,6 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 import orjson
 
 from foundation_nats.base.clock import monotonic
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import decode, encode, to_json
 from foundation_nats.bus.wire import Message, Route
@@ -179,6 +180,7 @@ class Cell(Generic[M]):
                 await self._bucket.replace(
                     self._key, encode(after), expected=revision, ttl_s=ttl_s(after)
                 )
+                failpoint("cell.after_cas")
                 return after
             except StaleRevisionError:
                 await asyncio.sleep(random.uniform(0, jitter))

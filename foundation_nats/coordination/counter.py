@@ -17,6 +17,7 @@ import asyncio
 import random
 
 from foundation_nats.base.clock import monotonic
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import decode, encode
 from foundation_nats.bus.streams import api
@@ -86,6 +87,7 @@ class Counter:
                         self._revision = await self._bucket.replace(
                             self._key, encode(after), expected=self._revision
                         )
+                        failpoint("counter.after_cas")
                         self._record = after
                         return wanted
                 except StaleRevisionError:

@@ -29,6 +29,7 @@ from typing import Any, Self
 import orjson
 
 from foundation_nats.base.clock import monotonic
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import to_json
@@ -45,6 +46,7 @@ from foundation_nats.errors import (
 from foundation_nats.signaling.envelope import BOX, encode_envelope, message_id
 from foundation_nats.signaling.evidence import SAFE_SHARE, is_stored, parse_time
 from foundation_nats.signaling.publisher import Publisher
+from foundation_schemas import Target, TargetKind
 from foundation_schemas.base import is_name
 
 _RETRY_S = 0.1
@@ -168,6 +170,22 @@ class Desk:
             return
         left = max(0.1, until - monotonic())
         await self._publisher.store(subject, payload, msg_id, timeout=left)
+        failpoint("desk.after_ask")
+
+    async def announce(self, topic: str, id: str, type: str, data: Any, *, until: float) -> None:
+        """Send a signal to all that subscribe to *topic*, under a fixed id: a repeat counts once, within
+        the duplicate window.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: it may not be stored.
+        """
+        await self._publisher.send(
+            Target(kind=TargetKind.TOPIC, name=topic),
+            type,
+            data,
+            id=id,
+            timeout=max(0.1, until - monotonic()),
+        )
 
     async def _was_asked(
         self, agent: str, id: str, msg_id: str, since: float, until: float

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.kv import Bucket, Entry
@@ -184,6 +185,7 @@ class Lock:
             revision = await self._bucket.replace(self._key, encode(record), expected=expected)
         except StaleRevisionError:
             return False
+        failpoint("lock.taken")
         self._begin(holder, record.token, revision, sent)
         return True
 

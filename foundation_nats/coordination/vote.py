@@ -5,7 +5,9 @@ others `cast` by themselves; the ballot that decides brings the result in the sa
 
 Guaranteed: one result per id, for ever the same for all that ask (it is kept for a week), also
 where the asker died half-way and another one asks again. The first ballot of a voter counts, and each
-agent is asked once. The result is sent to every agent that was asked, under a fixed id. The time
+agent is asked once. The result is sent to every voter that is an agent, asked or not, and to the topic
+``vote.NAME``, under fixed ids: each gets it once, whoever decides, also by a `cast`. One whose mailbox is
+full stops nobody else: it is named in the record, and tried again whenever somebody asks for the result. The time
 is the record's own, by the server's clock: whoever looks after it closes the vote.
 
 Not guaranteed: that somebody looks. After the death of its asker a vote by agents goes on when
@@ -15,21 +17,25 @@ Not guaranteed: that somebody looks. After the death of its asker a vote by agen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.coordination.cell import KEEP_S, Cell, as_json, checked
 from foundation_nats.coordination.desk import Answer, Desk, agent_names
+from foundation_nats.coordination.intake import all_of
 from foundation_nats.coordination.lock import Connection
 from foundation_nats.errors import (
     BusTimeoutError,
+    BusUnavailableError,
     ConfigError,
     ConflictError,
     FoundationError,
     NotFoundError,
     VoteClosedError,
 )
+from foundation_schemas.base import is_name
 from foundation_schemas.coordination import Ballot, VoteRecord, VoteResult
 
 Quorum = Literal["majority", "all"] | float
@@ -39,6 +45,9 @@ QUESTION = "vote.question"
 None to abstain, or ``{"choice": …, "reason": …}``."""
 RESULT = "vote.result"
 """The type of the signal that tells an agent how it ended: ``{"vote", "question", "result"}``."""
+TOPIC = "vote"
+"""The first word of the topic that is told, too: ``vote.NAME``."""
+_NOBODY = "there is no such agent"
 _VOTERS_MAX = 1000
 _GRACE_S = 10.0
 """After the vote's time: to close it and to tell."""
@@ -96,7 +105,7 @@ def decided(record: VoteRecord, now: float) -> VoteRecord:
         missing=sorted(open_),
         at=utc_text(),
     )
-    return record.model_copy(update={"result": result, "delivered": not record.asked})
+    return record.model_copy(update={"result": result})
 
 
 def read_ballot(answer: Answer, choices: Sequence[str]) -> Ballot:
@@ -287,6 +296,11 @@ async def cast(
     if late:
         raise VoteClosedError(f"The vote {name} is over; the ballot of {voter} is not counted.")
     assert found is not None
+    if found.result is not None and not found.delivered:
+        # Who decides tells: perhaps nobody else looks. The ballot stands, whatever becomes of it.
+        with contextlib.suppress(BusTimeoutError, BusUnavailableError):
+            async with Desk(connection, f"vote-{name}", cell.changed) as desk:
+                await _tell(desk, cell, name, found, until)
     return found
 
 
@@ -315,7 +329,7 @@ async def _finish(
                 raise _unknown(name)
             now = await cell.now(until)
             if record.result is not None:
-                if not record.delivered:
+                if not record.delivered or record.untold:
                     await _tell(desk, cell, name, record, until)
                 await desk.clear()
                 return record.result
@@ -358,7 +372,7 @@ async def _ask(
 
     async def one(voter: str) -> None:
         if not await desk.exists(voter, until):
-            failed[voter] = Ballot(unavailable="there is no such agent")
+            failed[voter] = Ballot(unavailable=_NOBODY)
             return
         try:
             await desk.ask(
@@ -385,33 +399,49 @@ def _has_voted(record: VoteRecord, voter: str) -> bool:
 async def _tell(
     desk: Desk, cell: Cell[VoteRecord], name: str, record: VoteRecord, until: float
 ) -> None:
+    """Tell the topic and all voters that are agents, each once; who can't be told now is written down."""
     assert record.result is not None
-    result = record.result.model_dump(mode="json")
+    data = {
+        "vote": name,
+        "question": record.question,
+        "result": record.result.model_dump(mode="json"),
+    }
     now = await cell.now(until)
-    missing = {v for v, why in record.result.unavailable.items() if why == "there is no such agent"}
+    missing = {v for v, why in record.result.unavailable.items() if why == _NOBODY}
+    untold: dict[str, str] = {}
 
     async def one(voter: str) -> None:
-        await desk.ask(
-            voter,
-            f"vote.{name}.result",
-            RESULT,
-            {"vote": name, "question": record.question, "result": result},
-            until=until,
-            since=record.opened,
-            now=now,
-            answer=False,
-        )
+        if voter in missing or not is_name(voter):
+            return
+        if voter not in record.asked and not await desk.exists(voter, until):
+            return  # no agent: it hears by the topic, or asks
+        try:
+            await desk.ask(
+                voter,
+                f"vote.{name}.result",
+                RESULT,
+                data,
+                until=until,
+                since=record.opened,
+                now=now,
+                answer=False,
+            )
+        except (BusTimeoutError, BusUnavailableError):
+            raise
+        except FoundationError as error:
+            untold[voter] = str(error)[:300]
 
-    await asyncio.gather(*(one(voter) for voter in record.asked if voter not in missing))
-    await cell.change(
-        lambda record: (
-            None
-            if record is None or record.delivered
-            else record.model_copy(update={"delivered": True})
-        ),
-        until,
-        ttl_s=_ttl,
-    )
+    if not record.delivered:
+        topic = f"{TOPIC}.{name}"
+        await desk.announce(topic, f"vote.{name}.topic", RESULT, data, until=until)
+    await all_of(one(voter) for voter in (record.untold or record.voters))
+
+    def told(record: VoteRecord | None) -> VoteRecord | None:
+        if record is None or (record.delivered and record.untold == untold):
+            return None
+        return record.model_copy(update={"delivered": True, "untold": untold})
+
+    await cell.change(told, until, ttl_s=_ttl)
 
 
-__all__ = ["QUESTION", "RESULT", "Quorum", "cast", "decided", "vote", "vote_result"]
+__all__ = ["QUESTION", "RESULT", "TOPIC", "Quorum", "cast", "decided", "vote", "vote_result"]

@@ -7,7 +7,7 @@ generations only grow; votes, auctions and sagas go some days after they have en
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -140,7 +140,9 @@ class VoteRecord(WireModel):
     ballots: dict[str, Ballot] = Field(default_factory=dict)
     result: VoteResult | None = None
     delivered: bool = False
-    """The result was sent to those that were asked."""
+    """The result was sent to the voters that are agents, and to the topic."""
+    untold: dict[str, str] = Field(default_factory=dict)
+    """To whom it could not be sent, and why; it is tried again whenever somebody asks for the result."""
 
 
 class Bid(WireModel):
@@ -294,6 +296,8 @@ class Span(WireModel):
     """Items that were given up without an answer, to the stage and the reason."""
     finished: bool = False
     """The outcome of each item stands."""
+    agents: dict[str, list[str]] = Field(default_factory=dict)
+    """Of a pipeline: who does the stages that name agents by what they are."""
 
 
 class PipelineStage(WireModel):
@@ -301,12 +305,17 @@ class PipelineStage(WireModel):
 
     name: Name
     agents: list[str]
-    """Item number n goes to the agent n modulo their number."""
+    """Ids, ``capability:NAME``, ``any:NAME`` or ``deployment:NAME``. Item number n goes to the agent
+    n modulo their number."""
     type: str
     timeout_s: float = Field(default=60.0, gt=0)
-    """Without an answer by then the item has failed."""
+    """Without an answer by then the item has failed, or is asked again: `on_timeout`."""
     retries: int = Field(default=0, ge=0, le=100)
     """How often an item that was refused (its handler raised) is asked anew."""
+    backoff_s: float = Field(default=0.0, ge=0, le=60)
+    """Before an item is asked anew; twice as long each time, up to a minute."""
+    on_timeout: Literal["fail", "retry"] = "fail"
+    """``retry``: an answer that does not come in time is an attempt, of which there are `retries` more."""
 
 
 class PipelineRecord(WireModel):
@@ -338,6 +347,8 @@ class MapRecord(WireModel):
     type: str
     fold: str
     """How chunks are put together: a name, or ``agent:ID``; ``function`` if it is the caller's."""
+    combine: str = ""
+    """How, and how many of them, before the reducer gets them; empty: they are not."""
     initial: Any = None
     cursor: int = 0
     """So many chunks are counted, each once, in their order."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from foundation_nats import Agent, Signal, State, on
+from foundation_nats import Agent, Signal, State, on, subscribe
 from foundation_nats.coordination import barrier, vote
 
 
@@ -25,6 +25,22 @@ class Voter(Agent):
         if self.config.get("fail"):
             raise RuntimeError("no opinion")
         return self.config.get("choice")
+
+    @on("vote.result")
+    async def result(self, signal: Signal[dict[str, Any]]) -> None:
+        self.state.results.append(signal.data["result"].get("choice"))
+
+    @on("story")
+    async def story(self, signal: Signal) -> dict[str, Any]:
+        return self.state.model_dump()
+
+
+@subscribe("vote.*")
+class Listener(Agent):
+    """No voter; hears how votes end by their topic."""
+
+    class State(State):
+        results: list[str | None] = Field(default_factory=list)
 
     @on("vote.result")
     async def result(self, signal: Signal[dict[str, Any]]) -> None:

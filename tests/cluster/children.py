@@ -30,13 +30,14 @@ async def connect(url: str, name: str) -> Cluster:
 class Child:
     """``python -m MODULE ARGUMENTS…`` with its output in a file."""
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, failpoints: str = "") -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=REPOSITORY,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "FOUNDATION_FAILPOINTS": failpoints} if failpoints else None,
             preexec_fn=die_with_parent(os.getpid()),
         )
 
@@ -69,9 +70,9 @@ class Children:
     def __init__(self) -> None:
         self.all: list[Child] = []
 
-    def start(self, module: str, *arguments: str) -> Child:
-        """Start one."""
-        child = Child(module, *arguments)
+    def start(self, module: str, *arguments: str, failpoints: str = "") -> Child:
+        """Start one; *failpoints* as in `foundation_nats.base.failpoint`."""
+        child = Child(module, *arguments, failpoints=failpoints)
         self.all.append(child)
         return child
 

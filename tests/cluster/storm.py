@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
@@ -29,6 +30,12 @@ async def said(child: Child, word: str, timeout: float = 60) -> list[str]:
     )
     assert child.said(word), child.lines()
     return child.said(word)
+
+
+async def crashed(child: Child, timeout: float = 30) -> None:
+    """Wait until it has killed itself at a failpoint."""
+    await eventually(lambda: child.process.poll() is not None, timeout=timeout, message="it dies")
+    assert child.process.returncode == -signal.SIGKILL, child.lines()
 
 
 def broker_dies(server: TestServer) -> Callable[[], Awaitable[None]]:

@@ -9,10 +9,10 @@ import pytest
 from foundation_nats import Cluster
 from foundation_nats.chaos.checkers import Judgement, check_exclusion
 from foundation_nats.chaos.checkers.exclusion import Holding
-from foundation_nats.testing import TestServer
+from foundation_nats.testing import TestServer, eventually
 from tests.cluster.children import Child, Children
 from tests.cluster.contender import PERMITS, amount
-from tests.cluster.storm import Storm, check_permits
+from tests.cluster.storm import Storm, check_permits, crashed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -134,3 +134,39 @@ async def test_counters_under_many_seeds(server: TestServer, seed: int, round: i
     """The same, longer."""
     async with Cluster.connect(server.url, name="eye") as cluster:
         await _storm_at_the_counter(server, cluster, seed + round, 5_000, 12)
+
+
+async def test_a_lock_whose_winner_dies_unheard_is_taken_over(
+    server: TestServer, seed: int
+) -> None:
+    """It died right after its write was stored: others wait for as long as for a holder, and get a higher token."""
+    with Children() as children:
+        given = ("tests.cluster.contender", server.url, "c0", "lock", "1.0")
+        dead = children.start(*given, failpoints="lock.taken=kill")
+        await crashed(dead)
+        assert not dead.said("inside")
+        async with Cluster.connect(server.url, name="eye") as cluster:
+            (lease,) = await cluster.leases.list()
+            assert lease.holder == "c0"
+            mine = cluster.leases.lock("it", ttl_s=1.0)
+            assert await mine.acquire(timeout=10) > lease.token
+            await mine.release()
+
+
+async def test_an_increment_whose_writer_dies_unheard_counts_once(
+    server: TestServer, seed: int
+) -> None:
+    """Its successor does not know of it and repeats it under its number."""
+    with Children() as children:
+        given = ("tests.cluster.contender", server.url, "w0", "counter")
+        passes = 1 + seed % 4
+        dead = children.start(
+            *given, "1", "9", failpoints=f"counter.after_cas=after({passes},kill)"
+        )
+        await crashed(dead)
+        added = len(dead.said("added"))
+        assert added == passes - 1
+        next_ = children.start(*given, str(added + 1), "9")
+        await eventually(lambda: next_.process.poll() == 0, timeout=20)
+    async with Cluster.connect(server.url, name="eye") as cluster:
+        assert await cluster.leases.counter("it").value() == sum(map(amount, range(1, 10)))

@@ -24,19 +24,22 @@ from foundation_nats.coordination import (
     vote_result,
     workqueue,
 )
+from foundation_nats.coordination.cell import Cell
 from foundation_nats.coordination.desk import Answer, Desk
 from foundation_nats.coordination.workqueue import Item, WorkQueue
 from foundation_nats.errors import (
     BarrierBrokenError,
     ConfigError,
     ConflictError,
+    MailboxFullError,
     NotFoundError,
     NotSettledError,
     VoteClosedError,
 )
 from foundation_nats.testing import TestCluster, TestServer, eventually
+from foundation_schemas.coordination import VoteRecord
 from tests.cluster.children import Child, Children
-from tests.cluster.storm import Storm, broker_dies, node_dies, said, survived, worker_dies
+from tests.cluster.storm import Storm, broker_dies, crashed, node_dies, said, survived, worker_dies
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -265,6 +268,51 @@ async def test_agents_vote_and_the_result_is_recorded_and_told(nodes: TestCluste
     ]
 
 
+async def test_who_only_casts_and_who_subscribes_hear_the_result_too(nodes: TestCluster) -> None:
+    """Each once; the ballot that decides tells, although nobody waits for the vote any more."""
+    cluster = nodes.client
+    await _start(cluster, "partners:Voter", v1={}, v2={})
+    await _start(cluster, "partners:Listener", ear={})
+    waiting = asyncio.create_task(
+        vote(cluster, "lunch", "?", ["soup", "salad"], ["v1", "v2", "ann"], ask=False, timeout=30)
+    )
+    await eventually(lambda: cast(cluster, "lunch", "ann", "soup"))
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert (await cast(cluster, "lunch", "v1", "soup")).result is not None
+    for agent in ("v1", "v2", "ear"):
+        await eventually(lambda a=agent: _told(cluster, a, ["soup"]), message=agent)
+    assert (await vote_result(cluster, "lunch")).choice == "soup"
+    for agent in ("v1", "v2", "ear"):
+        assert await _told(cluster, agent, ["soup"]), "told twice"
+
+
+async def test_a_voter_whose_mailbox_is_full_stops_nobody(seed: int) -> None:
+    """The others are told; it is named in the record, and told when there is room."""
+    mailbox = {"mailbox_max": 3, "full_patience_s": 0.2}
+    async with TestCluster(nodes=1, path=[str(AGENTS)], settings={"mailbox": mailbox}) as running:
+        cluster = running.client
+        await _start(cluster, "partners:Voter", full={"slow": 60}, v1={"choice": "yes"}, v2={})
+        with pytest.raises(MailboxFullError):
+            for _ in range(10):
+                await cluster.send("full", "vote.question", {"vote": "other"}, timeout=1)
+        found = await vote(cluster, "v", "?", ["yes"], {"full": 1, "v1": 3, "v2": 1}, timeout=20)
+        assert found.choice == "yes"
+        assert "full" not in found.missing
+        await eventually(lambda: _told(cluster, "v1", ["yes"]))
+        await eventually(lambda: _told(cluster, "v2", ["yes"]))
+        async with Cell(cluster, "vote_v", VoteRecord) as cell:
+            record = await cell.read(monotonic() + 5)
+            assert record is not None
+            assert (list(record.untold), record.delivered) == (["full"], True)
+            signals = StreamReader(cluster.bus, cluster.subjects.signals_stream)
+            await signals.purge(cluster.subjects.mailbox("full"))
+            assert await vote_result(cluster, "v") == found
+            record = await cell.read(monotonic() + 5)
+            assert record is not None
+            assert not record.untold
+
+
 async def _told(cluster: Cluster, voter: str, results: list[str | None]) -> bool:
     story = await cluster.ask(voter, "story", timeout=5)
     return bool(story["results"] == results)
@@ -296,10 +344,14 @@ async def test_clients_cast_until_it_is_decided(cluster: Cluster) -> None:
 
 
 def _initiate(
-    children: Children, nodes: TestCluster, pattern: str, arguments: dict[str, Any]
+    children: Children,
+    nodes: TestCluster,
+    pattern: str,
+    arguments: dict[str, Any],
+    failpoints: str = "",
 ) -> Child:
     given = (nodes.server.url, nodes.client.name, pattern, json.dumps(arguments))
-    return children.start("tests.cluster.initiator", *given)
+    return children.start("tests.cluster.initiator", *given, failpoints=failpoints)
 
 
 async def _outcome(
@@ -508,6 +560,52 @@ async def _is_empty(stream: StreamReader, subject: str) -> bool:
 
 async def _has_log(cluster: Cluster, agent: str, log: list[str]) -> bool:
     return await _log(cluster, agent) == log
+
+
+@pytest.mark.parametrize("point", ["cell.after_cas", "desk.after_ask"])
+async def test_who_starts_a_pattern_dies_at_a_point_and_another_ends_it(
+    nodes: TestCluster, seed: int, point: str
+) -> None:
+    """Right after a change of the record, or a question, was stored: nothing is done twice, nothing is left out."""
+    dice = random.Random(seed)
+    cluster = nodes.client
+    await _start(cluster, "partners:Desk", d1={}, d2={}, full={"full": True})
+    await _start(cluster, "partners:Bidder", b1={"bid": 1}, b2={"bid": 2})
+    await _start(cluster, "partners:Voter", v1={"choice": "yes"}, v2={"choice": "yes"})
+    patterns: dict[str, dict[str, Any]] = {
+        "vote": {
+            "name": "v",
+            "question": "?",
+            "choices": ["yes", "no"],
+            "voters": ["v1", "v2"],
+            "timeout": 60,
+        },
+        "auction": {
+            "name": "a",
+            "task": 1,
+            "bidders": ["b1", "b2"],
+            "timeout": 60,
+            "accept_timeout": 60,
+        },
+        "saga": {"name": "s", "steps": _trip("d1", "d2", "full")},
+    }
+    with Children() as children:
+        for passes in dice.choice([(1, 1), (1, 2), (2, 1)]):
+            armed = f"{point}=after({passes},kill)"
+            for child in [_initiate(children, nodes, *p, armed) for p in patterns.items()]:
+                await crashed(child)
+        last = {name: _initiate(children, nodes, name, given) for name, given in patterns.items()}
+        results = {
+            n: (await said(child, "result"))[0].split(" ", 1)[1] for n, child in last.items()
+        }
+    found = {name: json.loads(text) for name, text in results.items()}
+    assert (found["vote"]["choice"], found["auction"]["winner"]) == ("yes", "b1")
+    assert found["saga"]["state"] == "undone"
+    assert await _log(cluster, "d1") == ["book x", "unbook x d1/x"]
+    await eventually(lambda: _is_awarded(cluster, "b1", ["a"]))
+    await eventually(lambda: _told(cluster, "v1", ["yes"]))
+    assert (await cluster.ask("b2", "story"))["announced"] == ["a"]
+    assert (await cluster.ask("v2", "story"))["asked"] == ["v"]
 
 
 # ---- sagas ----------------------------------------------------------------------------
