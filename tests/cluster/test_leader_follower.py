@@ -20,10 +20,11 @@ from foundation_nats.errors import (
     NotLeaderError,
     ProposalRejectedError,
 )
-from foundation_nats.testing import TestServer, eventually
+from foundation_nats.testing import TestCluster, TestServer, eventually
 from tests.cluster.children import Child, Children
 from tests.cluster.leading import GROUP
 from tests.cluster.storm import Storm
+from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
 
@@ -255,3 +256,43 @@ async def test_a_leader_that_was_frozen_appends_nothing_more(
             child.kill()
         async with leader_follower(cluster, GROUP) as watcher:
             _check(members, await _first(watcher, (await watcher.read()).index))
+
+
+async def _leading(cluster: Cluster, names: list[str]) -> str | None:
+    for name in names:
+        if (await cluster.ask(name, "look", timeout=5))["leads"]:
+            return name
+    return None
+
+
+async def test_agents_are_members_and_one_that_dies_is_replaced_and_comes_back() -> None:
+    """From `on_start` to `on_stop`, by `self.ctx`; the worker of the one that leads is killed."""
+    async with TestCluster(nodes=2, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        names = ["m1", "m2"]
+        for name in names:
+            await cluster.agents.start("team:Member", id=name, critical=True)
+        first = await eventually(lambda: _leading(cluster, names), timeout=20)
+        other = next(name for name in names if name != first)
+        for value in (1, 2, 3):
+            entry = await cluster.ask(first, "add", value, timeout=10)
+        assert entry["index"] == 3
+        assert await cluster.ask(other, "add", 9) == {"refused": first}
+        seen = await cluster.ask(other, "look")
+        assert seen == {"value": 6, "index": 3, "leads": False}
+        home = next(info.node for info in await cluster.agents.list() if info.id == first)
+        assert home is not None
+        for worker in nodes.nodes[home].workers():
+            worker.kill()
+        leader = await eventually(lambda: _leading(cluster, names), timeout=30)
+        again = await eventually(lambda: cluster.ask(leader, "add", 4, timeout=5), timeout=20)
+        assert (again["index"], again["term"] > entry["term"]) == (4, True)
+        for name in names:
+            look = await cluster.ask(name, "look", timeout=10)
+            assert (look["value"], look["index"]) == (10, 4)
+        # Who is stopped resigns: the next one leads at once.
+        began = monotonic()
+        await cluster.agents.stop(leader)
+        rest = [name for name in names if name != leader]
+        await eventually(lambda: _leading(cluster, rest), timeout=10)
+        assert monotonic() - began < 5
