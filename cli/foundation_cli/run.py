@@ -7,6 +7,7 @@ repeats its result.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
@@ -357,9 +358,8 @@ def _items(text: str) -> Any:
     return found
 
 
-def _stage(text: str, timeout: float, retries: int) -> dict[str, Any]:
+def _stage(text: str, **common: Any) -> dict[str, Any]:
     """``NAME=AGENT[,AGENT…]:TYPE``, or JSON."""
-    common = {"timeout_s": timeout, "retries": retries}
     if text.lstrip().startswith("{"):
         return {**common, **values.json_value(text)}
     name, is_named, rest = text.partition("=")
@@ -370,6 +370,30 @@ def _stage(text: str, timeout: float, retries: int) -> dict[str, Any]:
         )
     names = [agent.strip() for agent in agents.split(",")]
     return {"name": name, "agents": names, "type": type, **common}
+
+
+@contextlib.asynccontextmanager
+async def _noting(what: Callable[[], str]) -> AsyncIterator[None]:
+    """Say on stderr once what is waited for, each time that it becomes another thing."""
+    import asyncio
+
+    async def look() -> None:
+        said = ""
+        while True:
+            await asyncio.sleep(_NOTE_S)
+            if (now := what()) != said and now:
+                render.talk(f"waiting at {render.clean(now)}")
+            said = now
+
+    looking = asyncio.create_task(look(), name="cli.noting")
+    try:
+        yield
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+
+_NOTE_S = 0.5
 
 
 @with_shared
@@ -401,15 +425,36 @@ def pipeline(
             show_default="1m",
         ),
     ] = "1m",  # type: ignore[assignment]
+    backoff: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=values.duration,
+            help="Before an item is asked anew; twice as long each time.",
+            show_default="0s",
+        ),
+    ] = "0s",  # type: ignore[assignment]
+    retry_late: Annotated[
+        bool,
+        typer.Option("--retry-late", help="No answer in time is an attempt, as a refusal is."),
+    ] = False,
 ) -> None:
     """Send items through stages at agents; prints one line per item, in order; 1 if some have failed.
+
+    AGENT is an id, capability:NAME, any:NAME or deployment:NAME.
 
     After an interruption the same command, with the same input, goes on; lines that were printed just
     before it may be printed again, with the same numbers.
 
     Example: foundation run pipeline scan-7 --stage fetch=f1,f2:fetch --stage scan=scanner:scan < urls.jsonl
     """
-    stages = [_stage(text, stage_timeout, retries) for text in stage or []]
+    common = {
+        "timeout_s": stage_timeout,
+        "retries": retries,
+        "backoff_s": backoff,
+        "on_timeout": "retry" if retry_late else "fail",
+    }
+    stages = [_stage(text, **common) for text in stage or []]
     source = _items(items)
 
     async def main() -> int:
@@ -419,6 +464,7 @@ def pipeline(
         async with (
             connected(shared) as cluster,
             make(cluster, name, stages, source, in_flight=in_flight) as going,
+            _noting(lambda: going.progress.waits),
         ):
             async for result in going:
                 failed += bool(result.stage)
@@ -458,6 +504,13 @@ def map_reduce(
         ),
     ] = "merge",
     chunk: Annotated[int, typer.Option(metavar="N", min=1, help="Items per question.")] = 1000,
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sum|min|max|merge",
+            help="With --reduce agent:ID: put so many as eight chunks together before.",
+        ),
+    ] = None,
     straggler: Annotated[
         float,
         typer.Option(
@@ -502,6 +555,7 @@ def map_reduce(
                 mapper,
                 reduce,
                 chunk=chunk,
+                combine=combine,
                 straggler_s=straggler,
                 on_progress=tell,
                 timeout=wait,

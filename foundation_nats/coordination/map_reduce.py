@@ -9,7 +9,8 @@ input, and two at once do no harm.
 
 Guaranteed: each chunk is counted exactly once, in the order of the input; so the result is that of a run
 without faults, also where the fold does not commute, if mapping a chunk gives the same each time.
-With an agent as reducer its state changes exactly once for each chunk. At most *in_flight* chunks are held.
+With an agent as reducer its state changes exactly once for each chunk, or for each group of chunks that were
+combined before. At most *in_flight* chunks are held.
 
 Not guaranteed: that a chunk is mapped once (stragglers, deaths, several drivers): mappers must bear that.
 The order at a reducer that refuses a chunk: it gets that one again behind later ones. Nobody drives by
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import decode
@@ -58,7 +60,9 @@ MAP = "map"
 """The type of the question to a mapper: ``{"job", "chunk", "first", "items"}``. Its answer is what
 the items make together."""
 REDUCE = "reduce"
-"""The type of the question to a reducer: ``{"job", "chunk", "value"}``. The answer is its partial result."""
+"""The type of the question to a reducer: ``{"job", "chunk", "chunks", "value"}``: the first chunk, and how many
+are in the value. The answer is its partial result."""
+COMBINED = 8
 _PREFIX = "map_"
 _PER_MAPPER = 2
 _LOOK_S = 0.5
@@ -179,6 +183,21 @@ def freed(record: MapRecord) -> MapRecord | None:
     return record.model_copy(update={"error": "", "rounds": record.rounds + 1})
 
 
+def grouped(numbers: Sequence[int], size: int, total: int | None) -> list[range]:
+    """The groups that are complete among *numbers*, which follow each other and begin with a group.
+
+    A group is *size* chunks, counted from the first chunk of all, so that whoever drives makes the same ones;
+    the last one ends with the input, of *total* chunks (None: not known yet).
+    """
+    found: list[range] = []
+    for first in numbers:
+        if first % size == 0:
+            end = first + size if total is None else min(first + size, total)
+            if end <= numbers[-1] + 1:
+                found.append(range(first, end))
+    return found
+
+
 def chunk_of(id: str) -> int:
     """The chunk that a question was about; -1: it is no question of a job."""
     parts = id.split(".")
@@ -219,6 +238,9 @@ class _Job:
     in_flight: int
     retries: int
     straggler_s: float
+    combine: Fold | None
+    combined: int
+    """So many chunks are put together before the reducer gets them."""
     on_progress: Callable[[MapProgress], Any] | None
 
 
@@ -427,35 +449,45 @@ class _Driver:
         if not values:
             return
         cursor = self._chunks[0].number
+        failpoint("map.before_counted")
         await self._change(lambda r: counted(r, cursor, values, job.fold, utc_text()))
         over = self.record.cursor
         await self._desk.trim(lambda id: chunk_of(id) < over)
 
     async def _reduce(self, answers: Mapping[str, Answer], limit: int) -> None:
-        """Ask the reducer for the next chunks, in their order."""
-        job = self._job
+        """Ask the reducer for the next groups of chunks, in their order."""
+        job, record = self._job, self.record
         assert job.reducer is not None
-        for chunk in list(self._chunks):
-            if not chunk.is_mapped:
+        chunks = {chunk.number: chunk for chunk in self._chunks}
+        total = None if record.total is None else record.cursor + len(record.spans)
+        for group in grouped(list(chunks), job.combined, total):
+            parts = [chunks[number] for number in group]
+            if not all(part.is_mapped for part in parts):
                 return
-            number = chunk.number
-            chunk.reduce_attempt, answer = outcome(
+            first = parts[0]
+            number = first.number
+            first.reduce_attempt, answer = outcome(
                 lambda n, number=number: _reduce_id(job.name, number, n),  # type: ignore[misc]
                 answers,
-                chunk.reduce_attempt,
+                first.reduce_attempt,
                 limit,
             )
             if answer is not None and answer.is_error:
-                await self._fail(chunk, f"{job.reducer}: {answer.code}: {answer.message}")
+                await self._fail(first, f"{job.reducer}: {answer.code}: {answer.message}")
             if answer is not None:
-                chunk.is_reduced, chunk.partial = True, answer.ok
-            elif chunk.reducing != chunk.reduce_attempt:
-                id = _reduce_id(job.name, number, chunk.reduce_attempt)
-                data = {"job": job.name, "chunk": number, "value": chunk.value}
+                for part in parts:
+                    part.is_reduced, part.partial = True, answer.ok
+            elif first.reducing != first.reduce_attempt:
+                value = first.value
+                for part in parts[1:]:
+                    assert job.combine is not None
+                    value = job.combine(value, part.value)
+                id = _reduce_id(job.name, number, first.reduce_attempt)
+                data = {"job": job.name, "chunk": number, "chunks": len(parts), "value": value}
                 now = await self._cell.now(self._until())
-                if not await self._ask(chunk, job.reducer, id, REDUCE, data, now):
+                if not await self._ask(first, job.reducer, id, REDUCE, data, now):
                     return
-                chunk.reducing = chunk.reduce_attempt
+                first.reducing = first.reduce_attempt
 
     async def _put(self, now: float) -> None:
         """Ask mappers for chunks that nobody does, and others for those that take too long."""
@@ -556,6 +588,28 @@ def _folding(name: str, fold: str | Fold) -> tuple[Fold | None, str, str | None]
     raise ConfigError(f"{fold!r} does not reduce: use {', '.join(FOLDS)}, agent:ID, or a function.")
 
 
+def _combining(
+    name: str, combine: str | Fold | None, combined: int, reducer: str | None, in_flight: int
+) -> tuple[Fold | None, str]:
+    """The function, and what the record says of it."""
+    if combine is None:
+        return None, ""
+    if reducer is None:
+        raise ConfigError(
+            f"The job {name} folds where it is driven: `combine` is for a reducer that is an agent.",
+            hint="Say agent:ID as fold, or leave `combine` out.",
+        )
+    if not 2 <= combined <= in_flight:
+        raise ConfigError(
+            f"The job {name} can combine 2 to {in_flight} chunks (as many as are in flight), not {combined}."
+        )
+    if not isinstance(combine, str):
+        return combine, f"{_FUNCTION} of {combined}"
+    if combine not in FOLDS:
+        raise ConfigError(f"{combine!r} does not combine: use {', '.join(FOLDS)}, or a function.")
+    return FOLDS[combine], f"{combine} of {combined}"
+
+
 async def map_reduce(
     connection: Connection,
     name: str,
@@ -569,6 +623,8 @@ async def map_reduce(
     in_flight: int = IN_FLIGHT,
     retries: int = 2,
     straggler_s: float = 10.0,
+    combine: str | Fold | None = None,
+    combined: int = COMBINED,
     on_progress: Callable[[MapProgress], Any] | None = None,
     timeout: float = 3600.0,
 ) -> Any:
@@ -586,6 +642,9 @@ async def map_reduce(
         in_flight: at most so many chunks are held.
         retries: how often a chunk is asked anew after a mapper's (or the reducer's) handler has raised.
         straggler_s: after so long another mapper that has nothing to do gets the chunk too.
+        combine: with ``agent:ID`` as fold: a pure function, or a name of `FOLDS`, that puts the values of
+            neighbouring chunks together before the reducer gets them, so that it is asked less often.
+        combined: so many chunks at once.
         on_progress: called with each partial result.
         timeout: how long to wait; the job goes on at the next call.
 
@@ -610,16 +669,28 @@ async def map_reduce(
             "positive straggler_s."
         )
     function, said, reducer = _folding(name, fold)
+    joining, how = _combining(name, combine, combined, reducer, in_flight)
     start = as_json(initial, f"job {name}: initial")
     job = _Job(
-        name, mapper, type, function, reducer, chunk, in_flight, retries, straggler_s, on_progress
+        name,
+        mapper,
+        type,
+        function,
+        reducer,
+        chunk,
+        in_flight,
+        retries,
+        straggler_s,
+        joining,
+        1 if joining is None else combined,
+        on_progress,
     )
-    wanted = MapRecord(mapper=mapper, type=type, fold=said, initial=start, value=start)
+    wanted = MapRecord(mapper=mapper, type=type, fold=said, combine=how, initial=start, value=start)
 
     def open_(record: MapRecord | None) -> MapRecord | None:
         if record is None:
             return wanted.model_copy(update={"started": utc_text()})
-        for what in ("mapper", "type", "fold", "initial"):
+        for what in ("mapper", "type", "fold", "combine", "initial"):
             if getattr(record, what) != getattr(wanted, what):
                 raise ConfigError(
                     f"There is another job {name}: its {what} is {getattr(record, what)!r}.",

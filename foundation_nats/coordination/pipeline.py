@@ -11,6 +11,11 @@ failed. A stage that dies goes on where it was: its questions wait in its mailbo
 order of the input, each at least once: after a crash those are repeated that the record did not say
 were handed out, the same as before. At most *in_flight* items are between input and result.
 
+A stage may name agents by what they are: ``capability:NAME`` and ``deployment:NAME`` (all that shall run), and
+``any:NAME`` (those of the capability that run just now). Who they are is written down with each span of
+the input when it is taken in; so an item has one agent at a stage, whoever drives, and those that come later get later
+items.
+
 Not guaranteed: the order within a stage. An item that failed because a stage gave no answer in
 time may have taken effect there all the same, and in later stages where two drove. Nobody drives by itself: a run
 goes on when it is called again.
@@ -30,8 +35,11 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
+from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.rpc import decode
+from foundation_nats.cluster.registry import Registry
 from foundation_nats.coordination.cell import KEEP_S, Cell, checked
 from foundation_nats.coordination.desk import Answer, Desk, agent_names
 from foundation_nats.coordination.intake import Intake, Items, all_of, digest_of, end_of, opened
@@ -44,6 +52,9 @@ from foundation_nats.errors import (
     MailboxFullError,
     NotFoundError,
 )
+from foundation_nats.signaling.receivers import receivers
+from foundation_schemas import AgentStatus
+from foundation_schemas.base import is_name
 from foundation_schemas.coordination import PipelineRecord, PipelineStage, Span
 
 IN_FLIGHT = 256
@@ -54,6 +65,10 @@ _SPANS = 4
 _SPANS_MAX = 64
 _AT_ONCE = 128
 _LOOK_S = 0.5
+_PAUSE_MAX_S = 60.0
+_CREW_MAX = 100
+"""So many agents of a capability or deployment are written down with a span."""
+_BY_KIND = ("capability", "any", "deployment")
 _PATIENCE_MAX_S = 60.0
 
 
@@ -99,6 +114,8 @@ class Progress:
     """Of the input, once its end was seen."""
     stages: dict[str, int]
     """How many items are at each."""
+    waits: str = ""
+    """Why no more of the input is taken in: which stage has no agents; empty: there is no such reason."""
 
 
 # ---- decisions ----------------------------------------------------------------------
@@ -113,6 +130,19 @@ class Place:
     """Nothing of this was asked before, by the server's clock."""
     stage: int = 0
     attempt: int = 0
+    not_before: float = 0.0
+    """It is asked then, by the server's clock: after a pause."""
+
+
+def pause_s(stage: PipelineStage, attempt: int) -> float:
+    """How long is waited after this attempt before the next."""
+    return min(_PAUSE_MAX_S, stage.backoff_s * 2.0 ** min(attempt, 30))
+
+
+def patience_s(stage: PipelineStage, attempts: int) -> float:
+    """How long an answer may take in all, after so many attempts; with the pauses between those that are left."""
+    left = range(attempts, stage.retries) if stage.on_timeout == "retry" else ()
+    return stage.timeout_s + sum(stage.timeout_s + pause_s(stage, number) for number in left)
 
 
 def moved(
@@ -123,7 +153,14 @@ def moved(
     since = max(place.since, answer.stored)
     if answer.is_error:
         if place.attempt < stage.retries:
-            return Place(place.data, since, place.stage, place.attempt + 1)
+            pause = pause_s(stage, place.attempt)
+            return Place(
+                place.data,
+                since,
+                place.stage,
+                place.attempt + 1,
+                answer.stored + pause if pause else 0.0,
+            )
         return Result(item, stage=stage.name, error=f"{answer.code}: {answer.message}")
     if place.stage + 1 == len(stages):
         return Result(item, answer.ok)
@@ -186,6 +223,32 @@ def settled(record: PipelineRecord, at: str) -> PipelineRecord:
     return record.model_copy(update={"ended": at}) if record.is_over else record
 
 
+def is_selector(text: str) -> bool:
+    """Whether *text* names agents by what they are."""
+    kind, _, name = text.partition(":")
+    return kind in _BY_KIND and is_name(name)
+
+
+def crew(registry: Registry, stage: PipelineStage, turn: int) -> list[str]:
+    """Who does *stage* at present, by id; of very many some, others at each *turn*."""
+    found: set[str] = set()
+    for text in stage.agents:
+        if not is_selector(text):
+            found.add(text)
+            continue
+        kind, _, name = text.partition(":")
+        found.update(
+            held.record.id
+            for held in receivers(registry, kind, name)
+            if kind != "any" or held.record.status is AgentStatus.RUNNING
+        )
+    names = sorted(found)
+    if len(names) > _CREW_MAX:
+        at = turn % len(names)
+        names = (names[at:] + names[:at])[:_CREW_MAX]
+    return names
+
+
 def _checked_stages(
     name: str, stages: Sequence[PipelineStage | Mapping[str, Any]]
 ) -> list[PipelineStage]:
@@ -210,7 +273,9 @@ def _checked_stages(
             said = error.errors()[0] if isinstance(error, ValidationError) else None
             why = f"{said['loc'][0]}: {said['msg']}" if said and said["loc"] else str(error)
             raise ConfigError(f"{what}: {why}.") from error
-        agents = agent_names(stage.agents, what)
+        agents = [
+            given if is_selector(given) else agent_names([given], what)[0] for given in stage.agents
+        ]
         if not agents:
             raise ConfigError(f"{what} needs an agent.")
         found.append(stage.model_copy(update={"agents": agents}))
@@ -224,7 +289,8 @@ def _checked_stages(
 
 def _in_words(stages: Sequence[PipelineStage]) -> str:
     return ", ".join(
-        f"{s.name} ({s.type} at {', '.join(s.agents)}, {s.timeout_s:g} s, {s.retries} retries)"
+        f"{s.name} ({s.type} at {', '.join(s.agents)}, {s.timeout_s:g} s, then {s.on_timeout}, "
+        f"{s.retries} retries, {s.backoff_s:g} s back-off)"
         for s in stages
     )
 
@@ -240,6 +306,8 @@ class _Block:
     places: dict[int, Place]
     asked: dict[int, tuple[Place, float]] = field(default_factory=dict)
     """By item: what was asked, and until when it is waited for."""
+    late: dict[int, tuple[Place, int]] = field(default_factory=dict)
+    """By item: where it was without an answer in time, and how often."""
     results: dict[int, Result] = field(default_factory=dict)
     ready: bool = False
 
@@ -250,6 +318,7 @@ class _Block:
     def lose(self, lost: Mapping[int, Sequence[str]]) -> None:
         for item, (stage, reason) in lost.items():
             self.places.pop(item, None)
+            self.late.pop(item, None)
             self.results[item] = Result(item, stage=stage, error=reason)
 
 
@@ -259,6 +328,8 @@ class _Ask:
     item: int
     place: Place
     ends: float
+    deadline: float
+    """After it there are no attempts left."""
 
 
 class Pipeline:
@@ -299,6 +370,11 @@ class Pipeline:
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._changing = asyncio.Lock()
         self._looked = 0.0
+        self._due_s = _LOOK_S
+        self._waits = ""
+        self._registry: Registry | None = None
+        if any(is_selector(text) for stage in self._stages for text in stage.agents):
+            self._registry = Registry(connection.bus, connection.subjects)
 
     def _until(self) -> float:
         return monotonic() + self._patience
@@ -313,6 +389,11 @@ class Pipeline:
         async with contextlib.AsyncExitStack() as stack:
             for part in (self._cell, self._desk, self._intake):
                 await stack.enter_async_context(part)
+            if self._registry is not None:
+                scope = TaskScope(f"pipeline.{self.name}")
+                stack.push_async_callback(scope.close)
+                await self._registry.open(scope, timeout=self._patience)
+                self._registry.subscribe(lambda *_: self._room.set())
             found = await self._cell.change(self._open, self._until())
             assert found is not None
             self._record = found
@@ -352,7 +433,7 @@ class Pipeline:
                 at[self._stages[place.stage].name] += 1
         record = self._record
         taken = end_of(record.cursor, record.spans)
-        return Progress(taken, record.cursor, record.failed, record.total, at)
+        return Progress(taken, record.cursor, record.failed, record.total, at, self._waits)
 
     def __aiter__(self) -> Self:
         return self
@@ -386,6 +467,7 @@ class Pipeline:
 
     async def _consumed(self, block: _Block) -> None:
         failed = sum(1 for result in block.results.values() if result.stage)
+        failpoint("pipeline.before_handed_out")
         await self._change(lambda record: handed_out(record, block.end, failed, utc_text()))
         cursor = self._record.cursor
         await self._desk.trim(lambda id: item_of(id) < cursor)
@@ -423,7 +505,7 @@ class Pipeline:
                 self._wake.clear()
                 await self._pump()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S):
+                    async with asyncio.timeout(max(0.001, self._due_s)):
                         await self._wake.wait()
         finally:
             reading.cancel()
@@ -451,13 +533,34 @@ class Pipeline:
             self._room.clear()
             room = self._in_flight - (intake.position - record.cursor)
             if room < min(self._cut, self._in_flight) or len(record.spans) >= _SPANS_MAX:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S):
-                        await self._room.wait()
+                await self._wait_room()
                 continue
-            await self._take_in(await intake.peek(min(room, self._cut)))
+            items = await intake.peek(min(room, self._cut))
+            agents = self._crews(intake.position)
+            if items and agents is None:
+                await self._wait_room()
+                continue
+            await self._take_in(items, agents or {})
 
-    async def _take_in(self, items: Sequence[Any]) -> None:
+    async def _wait_room(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                await self._room.wait()
+
+    def _crews(self, position: int) -> dict[str, list[str]] | None:
+        """Who does the stages that name agents by what they are; None: one of them has nobody now."""
+        found: dict[str, list[str]] = {}
+        self._waits = ""
+        for stage in self._stages:
+            if self._registry is None or not any(map(is_selector, stage.agents)):
+                continue
+            found[stage.name] = crew(self._registry, stage, position)
+            if not found[stage.name]:
+                self._waits = f"{stage.name}: there is no agent of {', '.join(stage.agents)}"
+                return None
+        return found
+
+    async def _take_in(self, items: Sequence[Any], agents: dict[str, list[str]]) -> None:
         position = self._intake.position
         if not items:
             await self._change(
@@ -469,7 +572,9 @@ class Pipeline:
             )
             return
         now = await self._cell.now(self._until())
-        span = Span(first=position, count=len(items), opened=now, digest=digest_of(items))
+        span = Span(
+            first=position, count=len(items), opened=now, digest=digest_of(items), agents=agents
+        )
 
         def open_(record: PipelineRecord) -> PipelineRecord | None:
             if record.total is not None:
@@ -487,6 +592,7 @@ class Pipeline:
             await self._change(lambda _: None)
         answers = await self._desk.answers(self._until())
         now = await self._cell.now(self._until())
+        self._due_s = _LOOK_S
         asks: list[_Ask] = []
         lost: dict[int, tuple[str, str]] = {}
         spans = {span.first: span for span in self._record.spans}
@@ -532,17 +638,30 @@ class Pipeline:
                 continue
             block.places[item] = at
             stage = self._stages[at.stage]
+            if now < at.not_before:
+                self._due_s = min(self._due_s, at.not_before - now)
+                continue
+            where, times = block.late.get(item, (at, 0))
+            tries = at.attempt + (times if where is at else 0)
             asked = block.asked.get(item)
-            if asked is None or asked[0] is not at:
-                before = block.asked.get(~item)  # tried in vain: its mailbox was full
-                ends = (
-                    before[1] if before is not None and before[0] is at else now + stage.timeout_s
-                )
-                asks.append(_Ask(block, item, at, ends))
-            else:
-                ends = asked[1]
-            if now >= ends:
-                lost[item] = (stage.name, f"no answer within {stage.timeout_s:g} s")
+            is_asked = asked is not None and asked[0] is at
+            if not is_asked:
+                asked = block.asked.get(~item)  # tried in vain: its mailbox was full
+            ends = asked[1] if asked is not None and asked[0] is at else now + stage.timeout_s
+            if now >= ends and stage.on_timeout == "retry" and tries < stage.retries:
+                # Under the same id: what is in the mailbox stays one, what was lost comes again.
+                ends = now + pause_s(stage, tries) + stage.timeout_s
+                tries += 1
+                block.late[item] = (at, tries - at.attempt)
+                block.asked.pop(item, None)
+                block.asked.pop(~item, None)
+                is_asked = False
+            elif now >= ends:
+                more = f", {tries - at.attempt + 1} times" if tries > at.attempt else ""
+                lost[item] = (stage.name, f"no answer within {stage.timeout_s:g} s{more}")
+            if not is_asked and item not in lost:
+                deadline = ends - stage.timeout_s + patience_s(stage, tries)
+                asks.append(_Ask(block, item, at, ends, deadline))
 
     async def _ask(self, ask: _Ask, now: float) -> tuple[int, tuple[str, str]] | None:
         """Put a question; returns why it can't be."""
@@ -556,15 +675,16 @@ class Pipeline:
 
         try:
             async with self._gate:
+                agents = ask.block.span.agents.get(stage.name, stage.agents)
                 await self._desk.ask(
-                    stage.agents[ask.item % len(stage.agents)],
+                    agents[ask.item % len(agents)],
                     question_id(self.name, ask.item, stage, ask.place.attempt),
                     stage.type,
                     ask.place.data,
                     until=self._until(),
                     since=ask.place.since,
                     now=now,
-                    deadline=ask.ends,
+                    deadline=ask.deadline,
                     still=still,
                 )
         except MailboxFullError:
@@ -587,8 +707,9 @@ def pipeline(
 ) -> Pipeline:
     """Send *items* through *stages*; with a *name* that was used: go on where that run is.
 
-    Each stage is ``{"name", "agent" or "agents", "type", "timeout_s", "retries"}``: its agents handle a signal of
-    *type* with the item as data; what the handler returns goes to the next stage. Enter it and
+    Each stage is ``{"name", "agent" or "agents", "type", "timeout_s", "retries", "backoff_s", "on_timeout"}``: its
+    agents (ids, ``capability:NAME``, ``any:NAME``, ``deployment:NAME``) handle a signal of *type* with the item as data;
+    what the handler returns goes to the next stage. Enter it and
     iterate over it: a `Result` per item, in order. `Pipeline.progress` tells how far it is.
 
     Args:

@@ -66,6 +66,36 @@ async def test_lines_pass_stages(nodes: TestCluster) -> None:
     assert "Line 2 of stdin: The payload is not JSON" in err
 
 
+async def test_a_stage_without_agents_is_named_and_waited_for(nodes: TestCluster) -> None:
+    """By what they are; the run goes on when one comes."""
+    where = ["-s", nodes.server.url, "-c", nodes.client.name]
+    stage = ["--stage", "s=capability:scans:step", "--retries", "2", "--retry-late"]
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "foundation_cli.main",
+            "run",
+            *where,
+            "pipeline",
+            "w",
+            "[[1]]",
+            *stage,
+            "--backoff",
+            "1s",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    said = await asyncio.to_thread(running.stderr.readline)
+    assert said == "waiting at s: there is no agent of capability:scans\n"
+    await nodes.client.agents.start("stages:Stage", id="a", capabilities=["scans"])
+    out, err = await asyncio.to_thread(running.communicate, timeout=30)
+    assert (running.returncode, out) == (0, '0: [1,"a"]\n'), err
+
+
 async def test_lines_are_mapped_and_reduced(nodes: TestCluster) -> None:
     """One line with the result, and with --partial those on the way."""
     for agent in ("m0", "m1"):

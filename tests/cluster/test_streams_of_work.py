@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from foundation_nats import Cluster
+from foundation_nats.base.clock import monotonic
 from foundation_nats.bus.streams import StreamReader
 from foundation_nats.coordination import map_jobs, map_reduce, pipeline, pipelines
 from foundation_nats.coordination.map_reduce import MapProgress
@@ -19,7 +20,7 @@ from foundation_nats.errors import ConfigError, HandlerError, NotSettledError
 from foundation_nats.signaling.envelope import BOX
 from foundation_nats.testing import TestCluster, eventually
 from tests.cluster.children import Child, Children
-from tests.cluster.storm import broker_dies, node_dies, said, survived, worker_dies
+from tests.cluster.storm import broker_dies, crashed, node_dies, said, survived, worker_dies
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -126,6 +127,68 @@ async def test_a_stage_without_an_answer_in_time_fails_the_item(nodes: TestClust
         pipeline(cluster, "x", [{"name": "a", "agent": "a"}], [])
     with pytest.raises(ConfigError, match="has undo; a stage has agent, agents"):
         pipeline(cluster, "x", [{"name": "a", "agent": "a", "type": "t", "undo": "u"}], [])
+
+
+async def test_a_late_answer_is_an_attempt_where_that_is_wanted(nodes: TestCluster) -> None:
+    """The same question is asked again under its id: each item takes effect once all the same."""
+    cluster = nodes.client
+    await _start(cluster, "stages:Stage", slow={"slow": 0.4})
+    more = {"on_timeout": "retry", "timeout_s": 0.3}
+    stages = [*_stages("slow", retries=50, **more), *_stages("later", retries=50, **more)]
+    running = asyncio.create_task(_results(cluster, "r", stages, [[n] for n in range(3)]))
+    await eventually(lambda: _seen_all(cluster, "slow", 3), timeout=20)
+    await _start(cluster, "stages:Stage", later={})
+    assert [r.get() for r in await running] == [[n, "slow", "later"] for n in range(3)]
+    for agent in ("slow", "later"):
+        assert await _seen(cluster, agent) == {str(n): 1 for n in range(3)}
+    stages = _stages("nobody", retries=2, backoff_s=0.05, **more)
+    (lost,) = await _results(cluster, "n", stages, [[1]])
+    assert lost.error == "no answer within 0.3 s, 3 times"
+
+
+async def _seen_all(cluster: Cluster, agent: str, count: int) -> bool:
+    return len(await _seen(cluster, agent)) == count
+
+
+async def test_refused_items_wait_before_they_are_asked_anew(nodes: TestCluster) -> None:
+    """Longer each time; the others pass meanwhile. An agent itself tries each question four times."""
+    cluster = nodes.client
+    await _start(cluster, "stages:Stage", a={"refuse": ["1"], "times": 8})
+    stages = _stages("a", retries=2, backoff_s=0.3)
+    began = monotonic()
+    found = await _results(cluster, "r", stages, [[n] for n in range(3)])
+    assert [r.get() for r in found] == [[n, "a"] for n in range(3)]
+    assert monotonic() - began >= 0.3 + 0.6
+    assert await _seen(cluster, "a") == {str(n): 1 for n in range(3)}
+
+
+async def test_stages_name_agents_by_what_they_are(nodes: TestCluster) -> None:
+    """A capability, a deployment, any that runs: each item at one of them; who comes later gets later items."""
+    cluster = nodes.client
+    stages = [
+        {"name": "c", "agent": "capability:adds", "type": "step"},
+        {"name": "d", "agent": "deployment:d", "type": "step"},
+        {"name": "a", "agent": "any:adds", "type": "step"},
+    ]
+    for agent in ("m0", "m1"):
+        await cluster.agents.start("stages:Stage", id=agent, capabilities=["adds"])
+    async with pipeline(cluster, "r", stages, ([n] for n in range(80)), in_flight=16) as run:
+        await eventually(lambda: run.progress.waits == "d: there is no agent of deployment:d")
+        await cluster.deployments.apply(
+            "version: 1\nagents:\n  - {name: d, run: 'stages:Stage', replicas: 2}\n"
+        )
+        found = [await anext(run) for _ in range(20)]
+        await cluster.agents.start("stages:Stage", id="m2", capabilities=["adds"])
+        found += [result async for result in run]
+        assert not run.progress.waits
+    ways = [result.get() for result in found]
+    assert [way[0] for way in ways] == list(range(80))
+    assert {way[1] for way in ways} == {way[3] for way in ways} == {"m0", "m1", "m2"}
+    assert {way[2] for way in ways} == {"d-0", "d-1"}
+    assert "m2" not in {way[1] for way in ways[:16]}
+    for name in (*(f"m{n}" for n in range(3)), "d-0", "d-1"):
+        times = 2 if name.startswith("m") else 1
+        assert all(count <= times for count in (await _seen(cluster, name)).values())
 
 
 async def test_who_goes_on_gets_what_was_not_taken_care_of(nodes: TestCluster) -> None:
@@ -286,6 +349,15 @@ async def test_an_agent_reduces_each_chunk_once(nodes: TestCluster) -> None:
     found = await map_reduce(cluster, "j", range(200), "adds", "agent:r", chunk=10, timeout=30)
     assert found == {"total": sum(range(200)), "chunks": 20}
     assert await cluster.ask("r", "chunks") == list(range(20))
+    await _start(cluster, "stages:Reducer", few={})
+    given = (cluster, "k", range(200), "adds", "agent:few")
+    found = await map_reduce(*given, combine="merge", combined=6, chunk=10, timeout=30)
+    assert found == {"total": sum(range(200)), "chunks": 4}
+    assert await cluster.ask("few", "chunks") == [0, 6, 12, 18]
+    with pytest.raises(ConfigError, match="its combine is 'merge of 6'"):
+        await map_reduce(*given, combine="merge", chunk=10)
+    with pytest.raises(ConfigError, match="`combine` is for a reducer that is an agent"):
+        await map_reduce(cluster, "l", [1], "adds", "sum", combine="sum")
 
 
 async def test_of_a_large_input_only_what_is_in_flight_is_held(nodes: TestCluster) -> None:
@@ -350,12 +422,15 @@ async def _storm_at_the_job(
     dice = random.Random(seed)
     cluster = nodes.client
     await _start(cluster, "stages:Mapper", **{f"m{n}": {"slow": 0.03} for n in range(4)})
-    await _start(cluster, "stages:Reducer", r={})
-    jobs = {"folded": "merge", "reduced": "agent:r"}
+    await _start(cluster, "stages:Reducer", r={}, few={})
+    jobs = {"folded": "merge", "reduced": "agent:r", "combined": "agent:few"}
     with Children() as children:
 
         def start(name: str) -> Child:
-            more = {"mapper": "adds", "fold": jobs[name], "chunk": 10, "straggler_s": 2}
+            more: dict[str, Any] = {"mapper": "adds", "fold": jobs[name]}
+            more |= {"chunk": 10, "straggler_s": 2}
+            if name == "combined":
+                more |= {"combine": "merge", "combined": 3}
             given = (nodes.server.url, cluster.name, "map", name, str(items), json.dumps(more))
             return children.start("tests.cluster.streamer", *given)
 
@@ -363,6 +438,7 @@ async def _storm_at_the_job(
         both = await asyncio.gather(
             survived(lambda: start("folded"), dice, kills=kills, blows=blows, within=0.4),
             survived(lambda: start("reduced"), dice, kills=kills, within=0.4),
+            survived(lambda: start("combined"), dice, kills=kills, within=0.4),
         )
         last = dict(zip(jobs, both, strict=True))
         for child in both:
@@ -370,6 +446,9 @@ async def _storm_at_the_job(
         found = {n: json.loads(c.said("result")[0].split(" ", 1)[1]) for n, c in last.items()}
     assert found["folded"] == _expected(items, 10)
     assert found["reduced"] == {"total": sum(range(items)), "chunks": items // 10}
+    assert found["combined"]["total"] == sum(range(items))
+    groups = await eventually(lambda: cluster.ask("few", "chunks", timeout=5), timeout=30)
+    assert groups == list(range(0, items // 10, 3))
     chunks = await eventually(lambda: cluster.ask("r", "chunks", timeout=5), timeout=30)
     assert chunks == list(range(items // 10))
 
@@ -377,6 +456,39 @@ async def _storm_at_the_job(
 async def test_a_job_survives_driver_mapper_and_broker(nodes: TestCluster, seed: int) -> None:
     """The outcome is that of a run without faults."""
     await _storm_at_the_job(nodes, seed, 400, 2)
+
+
+@pytest.mark.parametrize("point", ["pipeline.before_handed_out", "map.before_counted"])
+async def test_a_driver_that_dies_at_a_point_is_succeeded(
+    nodes: TestCluster, seed: int, point: str
+) -> None:
+    """Results have been read and are not written down as such; chunks are answered and not counted."""
+    cluster = nodes.client
+    await _start(cluster, "stages:Stage", a={})
+    await _start(cluster, "stages:Mapper", m0={}, m1={})
+    if point.startswith("pipeline"):
+        more: dict[str, Any] = {"stages": _stages("a"), "in_flight": 16}
+        given = ("pipeline", "r", "40")
+    else:
+        more = {"mapper": "adds", "fold": "merge", "chunk": 10, "in_flight": 4}
+        given = ("map", "j", "200")
+    with Children() as children:
+
+        def start(failpoints: str) -> Child:
+            arguments = (nodes.server.url, cluster.name, *given, json.dumps(more))
+            return children.start("tests.cluster.streamer", *arguments, failpoints=failpoints)
+
+        for passes in (1, 1 + seed % 3):
+            await crashed(start(f"{point}=after({passes},kill)"))
+        last = start("")
+        await said(last, "over")
+        results = {line for child in children.all for line in child.said("result")}
+    if point.startswith("pipeline"):
+        assert results == {f'result {n} [{n}, "a"]' for n in range(40)}
+        assert await _seen(cluster, "a") == {str(n): 1 for n in range(40)}
+    else:
+        (found,) = results
+        assert json.loads(found.split(" ", 1)[1]) == _expected(200, 10)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from foundation_nats.coordination.map_reduce import (
     counted,
     failed,
     freed,
+    grouped,
     outcome,
 )
 from foundation_nats.coordination.pipeline import (
@@ -27,8 +29,11 @@ from foundation_nats.coordination.pipeline import (
     finished,
     given_up,
     handed_out,
+    is_selector,
     item_of,
     moved,
+    patience_s,
+    pause_s,
     question_id,
 )
 from foundation_nats.errors import ConfigError
@@ -58,6 +63,49 @@ def test_an_answer_takes_an_item_to_its_next_place() -> None:
     again = moved(3, second, NO, STAGES)
     assert again == Place(5, 9.0, stage=1, attempt=1)
     assert moved(3, again, NO, STAGES) == Result(3, stage="b", error="agent.handler: no")
+
+
+def test_the_next_attempt_waits_twice_as_long_each_time() -> None:
+    """By the server's clock, from the refusal on, so that whoever drives waits the same; and a minute at most."""
+    stage = PipelineStage(name="a", agents=["x"], type="t", retries=9, backoff_s=2)
+    first = moved(3, Place(5, 1.0), NO, [stage])
+    assert first == Place(5, 9.0, attempt=1, not_before=11.0)
+    assert isinstance(first, Place)
+    second = moved(3, first, NO, [stage])
+    assert second == Place(5, 9.0, attempt=2, not_before=13.0)
+    assert [pause_s(stage, n) for n in range(7)] == [2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_question_is_valid_for_all_attempts_that_are_left() -> None:
+    """Where a late answer is an attempt; else for one."""
+    stage = PipelineStage(name="a", agents=["x"], type="t", retries=2, backoff_s=1, timeout_s=10)
+    assert patience_s(stage, 0) == 10
+    stage = stage.model_copy(update={"on_timeout": "retry"})
+    assert patience_s(stage, 0) == 10 + (10 + 1) + (10 + 2)
+    assert patience_s(stage, 1) == 10 + (10 + 2)
+    assert patience_s(stage, 2) == 10
+
+
+def test_agents_are_named_by_what_they_are() -> None:
+    """Anything else is an id."""
+    assert all(map(is_selector, ["capability:a", "any:a", "deployment:a-1"]))
+    assert not any(map(is_selector, ["a", "agent:a", "capability:", "label:a=b", "any:a b"]))
+
+
+async def test_a_large_input_is_read_in_little_memory() -> None:
+    """What lies between the input and the questions holds no more than was asked for; all of it would be 12 MB."""
+    tracemalloc.start()
+    try:
+        async with Intake((str(n) for n in range(200_000)), 1000) as intake:
+            total = 0
+            while items := await intake.peek(8000):
+                await intake.pass_over(intake.position + len(items))
+                total += len(items)
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert total == 200_000
+    assert peak < 4e6, f"{peak / 1e6:.1f} MB"
 
 
 def test_ids_say_what_they_are_about() -> None:
@@ -115,6 +163,16 @@ def test_the_first_attempt_that_was_not_refused_counts() -> None:
     assert outcome(str, answers, 0, 1) == (0, NO)
     assert outcome(str, {"0": NO}, 0, 3) == (1, None)
     assert outcome(str, {"0": NO, "1": NO}, 0, 2) == (1, NO)
+
+
+def test_chunks_are_combined_in_the_same_groups_whoever_drives() -> None:
+    """Counted from the first of all; the last one ends with the input."""
+    assert grouped([], 4, None) == []
+    assert grouped([8, 9, 10], 4, None) == []
+    assert grouped([8, 9, 10, 11, 12], 4, None) == [range(8, 12)]
+    assert grouped([8, 9, 10, 11, 12], 4, 13) == [range(8, 12), range(12, 13)]
+    assert grouped([8, 9], 4, 11) == [], "one has not been read yet"
+    assert grouped([0, 1], 1, None) == [range(1), range(1, 2)]
 
 
 def test_a_chunk_is_counted_once() -> None:
