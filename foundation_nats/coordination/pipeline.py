@@ -536,11 +536,11 @@ class Pipeline:
                 await self._wait_room()
                 continue
             items = await intake.peek(min(room, self._cut))
-            agents = self._crews(intake.position)
-            if items and agents is None:
+            agents = self._crews(intake.position) if items else {}
+            if agents is None:
                 await self._wait_room()
                 continue
-            await self._take_in(items, agents or {})
+            await self._take_in(items, agents)
 
     async def _wait_room(self) -> None:
         with contextlib.suppress(TimeoutError):

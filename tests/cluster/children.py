@@ -43,8 +43,9 @@ class Child:
 
     def lines(self) -> list[str]:
         """What it has printed."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace").splitlines()
+        # Not `seek`: the place in the file is the child's too, which would write over what it has written.
+        log = self._log.fileno()
+        return os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace").splitlines()
 
     def said(self, word: str) -> list[str]:
         """The lines that begin with *word*."""
