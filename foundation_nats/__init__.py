@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from foundation_nats.agent.actions import Action, ActionContext, action
+    from foundation_nats.agent.actions import Action, ActionContext, Plan, action, ref
     from foundation_nats.agent.agent import Agent, subscribe
     from foundation_nats.agent.context import Context
     from foundation_nats.agent.handling import on
@@ -44,6 +44,7 @@ _HOMES = {
     "NodeOptions": "foundation_nats.api.node",
     "Payload": "foundation_nats.agent.signal",
     "Prompt": "foundation_nats.agent.prompts",
+    "Plan": "foundation_nats.agent.actions",
     "Proposal": "foundation_nats.consensus.domain",
     "Receipt": "foundation_schemas",
     "RecoveredFrom": "foundation_schemas",
@@ -55,6 +56,7 @@ _HOMES = {
     "migrates": "foundation_nats.agent.state",
     "on": "foundation_nats.agent.handling",
     "on_prompt": "foundation_nats.agent.prompts",
+    "ref": "foundation_nats.agent.actions",
     "subscribe": "foundation_nats.agent.agent",
 }
 
@@ -75,6 +77,7 @@ __all__ = [
     "NodeInfo",
     "NodeOptions",
     "Payload",
+    "Plan",
     "Prompt",
     "Proposal",
     "Receipt",
@@ -87,6 +90,7 @@ __all__ = [
     "migrates",
     "on",
     "on_prompt",
+    "ref",
     "subscribe",
 ]
 

@@ -72,12 +72,14 @@ from foundation_nats.control.moves import MOVED
 from foundation_nats.errors import (
     AgentUnavailableError,
     AskTimeoutError,
+    BudgetError,
     BusError,
     FencedError,
     FoundationError,
     HandlerError,
     PayloadInvalidError,
     PayloadTooLargeError,
+    PlanFailedError,
     StateInvalidError,
     StateTooLargeError,
     StepInDoubtError,
@@ -97,7 +99,7 @@ HIBERNATED = "hibernated"
 """The reason of the `on_stop` before it sleeps, and of `recovered_from` when it wakes."""
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
-_HOPELESS = (StepInDoubtError, StepTooLargeError)
+_HOPELESS = (BudgetError, PlanFailedError, StepInDoubtError, StepTooLargeError)
 """To try again would end the same way."""
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""

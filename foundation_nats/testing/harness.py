@@ -41,9 +41,11 @@ from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import (
     AgentUnavailableError,
     AskTimeoutError,
+    BudgetError,
     FoundationError,
     HandlerError,
     PayloadInvalidError,
+    PlanFailedError,
     StepInDoubtError,
     StepTooLargeError,
     UnhandledSignalError,
@@ -463,6 +465,8 @@ class AgentHarness(Generic[A]):
             except (
                 UnhandledSignalError,
                 PayloadInvalidError,
+                BudgetError,
+                PlanFailedError,
                 StepInDoubtError,
                 StepTooLargeError,
             ) as found:

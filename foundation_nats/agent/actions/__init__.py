@@ -2,6 +2,8 @@
 
 from foundation_nats.agent.actions.action import Action, FunctionAction, action, as_action
 from foundation_nats.agent.actions.catalogue import CATALOGUE, actions_of, find_action
+from foundation_nats.agent.actions.plan import Plan, PlanStep, chain
+from foundation_nats.agent.actions.refs import Ref, ref
 from foundation_nats.agent.actions.running import ActionContext, Instruction, execute, run_action
 
 __all__ = [
@@ -10,10 +12,15 @@ __all__ = [
     "ActionContext",
     "FunctionAction",
     "Instruction",
+    "Plan",
+    "PlanStep",
+    "Ref",
     "action",
     "actions_of",
     "as_action",
+    "chain",
     "execute",
     "find_action",
+    "ref",
     "run_action",
 ]
