@@ -2,6 +2,7 @@
 
 from foundation_nats.testing.cluster import NodeProcess, TestCluster
 from foundation_nats.testing.harness import AgentHarness, CrashPoint, Dead, Emitted
+from foundation_nats.testing.models import ScriptedModel, Use
 from foundation_nats.testing.probes import eventually
 from foundation_nats.testing.server import TestServer
 
@@ -11,7 +12,9 @@ __all__ = [
     "Dead",
     "Emitted",
     "NodeProcess",
+    "ScriptedModel",
     "TestCluster",
     "TestServer",
+    "Use",
     "eventually",
 ]

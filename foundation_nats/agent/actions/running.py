@@ -324,10 +324,19 @@ async def run_in(context: Context, agent: AnyAgent, what: Any, params: Any) -> A
     """Run an action in the handler in hand; see `Context.run`."""
     outside = ActionContext(agent, "")
     found, params, more = outside._resolved(what, params)
+    inner = outside._child(_next_path(context, found.name), found)
+    return await execute(found, params, inner, **more)
+
+
+def context_in(agent: AnyAgent, name: str) -> ActionContext:
+    """The context of something that is called *name* and runs in the handler in hand, like an action."""
+    return ActionContext(agent, _next_path(agent.ctx, name))
+
+
+def _next_path(context: Context, name: str) -> str:
     if context._runs is None:
         context._runs = {}
-    inner = outside._child(_numbered(context._runs, found.name), found)
-    return await execute(found, params, inner, **more)
+    return _numbered(context._runs, name)
 
 
 async def run_action(
@@ -349,4 +358,4 @@ async def run_action(
     return await execute(found, params, outside._child(found.name, found), **more)
 
 
-__all__ = ["ActionContext", "Instruction", "execute", "run_action", "run_in"]
+__all__ = ["ActionContext", "Instruction", "context_in", "execute", "run_action", "run_in"]

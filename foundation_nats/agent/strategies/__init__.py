@@ -1,0 +1,6 @@
+"""Strategies: how an agent decides what to do, besides its handlers. See docs/strategies.md."""
+
+from foundation_nats.agent.strategies.chat import Call, ChatModel, Completion
+from foundation_nats.agent.strategies.loop import Conversation, ToolLoop
+
+__all__ = ["Call", "ChatModel", "Completion", "Conversation", "ToolLoop"]
