@@ -23,6 +23,7 @@ from foundation_nats.agent.actions.catalogue import (
     INSTRUCTION,
     action_handlings,
     actions_of,
+    found_actions,
     run_instruction,
 )
 from foundation_nats.agent.context import Context, Emission, as_target, checked_type, freeze
@@ -274,7 +275,8 @@ class Agent:
         """What it can do, as tools."""
         from foundation_nats.agent.tools import catalogue
 
-        return [tool.model_dump(mode="json") for tool in catalogue(type(self))]
+        tools = [*catalogue(type(self)), *catalogue(found_actions(self).values())]
+        return [tool.model_dump(mode="json") for tool in tools]
 
     @on("foundation.step.resolve")
     async def _on_step_resolve(self, signal: Signal[Verdict]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Not isolated: a skill can reach its agent, and shares its mailbox, its limits an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -125,6 +125,16 @@ class Skill:
         """As `Agent.emit`."""
         self._agent.emit(type, data, to=to, ttl=ttl, deadline=deadline)
 
+    # ---- what depends on how it is mounted -------------------------------------------
+
+    def more_handlings(self) -> list[Handling]:
+        """Further handlers, as functions of agent and signal."""
+        return []
+
+    def found_actions(self) -> Mapping[str, Any]:
+        """Actions that only the running agent knows of, by name; see `MCPTools`."""
+        return {}
+
     # ---- hooks ---------------------------------------------------------------------
 
     async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
@@ -201,6 +211,7 @@ def skill_handlings(skills: Iterable[Skill]) -> list[Handling]:
                     f"{skill.mount}.{name}",
                 )
             )
+        found += skill.more_handlings()
     return found
 
 

@@ -44,6 +44,12 @@ def actions_of(cls: type[Any]) -> Mapping[str, Action]:
     return found
 
 
+def found_actions(agent: AnyAgent) -> Mapping[str, Action]:
+    """What an agent's skills have found out that it can do, since it was started."""
+    skills = agent.skill.values()
+    return {name: item for skill in skills for name, item in skill.found_actions().items()}
+
+
 def _add(found: dict[str, Action], cls: type[Any], action: Action) -> None:
     if action.name in found:
         raise ConfigError(f"{cls.__qualname__}: two actions are called {action.name!r}")
@@ -64,7 +70,7 @@ def find_action(agent: AnyAgent, name: str) -> Action:
     Raises:
         ActionNotFoundError: the agent has none; lists what it has.
     """
-    known = actions_of(type(agent))
+    known = {**found_actions(agent), **actions_of(type(agent))}
     if name not in known:
         raise ActionNotFoundError(
             f"{type(agent).__qualname__} ({agent.id}) has no action {name!r}; "
@@ -104,4 +110,11 @@ async def run_instruction(agent: AnyAgent, stored: Mapping[str, Any]) -> None:
         agent.emit(str(kind), result, to=f"agent:{agent.id}")
 
 
-__all__ = ["CATALOGUE", "INSTRUCTION", "action_handlings", "actions_of", "find_action"]
+__all__ = [
+    "CATALOGUE",
+    "INSTRUCTION",
+    "action_handlings",
+    "actions_of",
+    "find_action",
+    "found_actions",
+]
