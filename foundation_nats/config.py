@@ -71,6 +71,9 @@ class MailboxConfig(_Section):
     trim_every_s: float = 2.0
     trim_min_age_s: float = 60.0
     """A consumed signal stays this long as evidence against late repeats, space permitting."""
+    history: int = Field(default=0, ge=0)
+    """Handled signals of an agent that stay in its mailbox, for `foundation history` and `replay`; at
+    most a quarter of `mailbox_max`. A class may say another number."""
     outbox_max: int = 1024
     """Emitted, unpublished signals of one agent; beyond, it handles nothing new."""
 

@@ -66,6 +66,12 @@ def export(
         raise typer.Exit(render.DIFFERENCES)
 
 
+def on_path(folder: Path) -> None:
+    """Let modules be found in *folder*."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 def _module(name: str) -> Any:
     """A module of the user's, found as `node start --import` finds it.
 
@@ -76,9 +82,7 @@ def _module(name: str) -> Any:
 
     from foundation_nats.errors import ConfigError
 
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    on_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever the user's module does

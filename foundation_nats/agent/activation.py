@@ -49,6 +49,7 @@ from foundation_nats.agent.handling import (
 )
 from foundation_nats.agent.kin import announce, hear, is_of_kin
 from foundation_nats.agent.middleware import layered, outgoing
+from foundation_nats.agent.past import Past, base_key, encode_base
 from foundation_nats.agent.record import OutboxItem, encode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.agent.sensors.host import SensorHost, begin_sensors, order_sensors
@@ -89,7 +90,7 @@ from foundation_nats.errors import (
 from foundation_nats.node.blackbox import STARTING
 from foundation_nats.signaling.burial import attempts_of, content, words
 from foundation_nats.signaling.envelope import emitted_id
-from foundation_schemas import AgentRecord, DeadLetter, Envelope, RecoveredFrom
+from foundation_schemas import AgentRecord, BaseRecord, DeadLetter, Envelope, RecoveredFrom
 
 if TYPE_CHECKING:
     from foundation_nats.agent.runtime import Runtime
@@ -173,6 +174,7 @@ class Activation:
         "mark",
         "outbox",
         "outbox_bytes",
+        "past",
         "positions",
         "queue",
         "recovered",
@@ -217,6 +219,7 @@ class Activation:
         skip: list[int],
         steps: StepLedger | None = None,
         positions: dict[str, Any] | None = None,
+        past: Past | None = None,
     ) -> None:
         self.runtime = runtime
         # The record itself would cost each idle agent two kilobytes.
@@ -261,6 +264,8 @@ class Activation:
         self.step_ledger = steps
         self.positions = positions
         """How far each sensor has come, by name."""
+        self.past = past
+        """What it keeps of what it has handled, if it keeps any."""
         self.sensing: SensorHost | None = None
         """Its sensors, while they run."""
         agent.ctx._home = self
@@ -595,6 +600,8 @@ class Activation:
             # Numbers will come again: what they cause must not get the ids of before.
             self.salt = token_hex(8)
             self.skip = []
+            if self.past is not None:
+                self.past.restart()
             self.cautious = False
             self.runtime.attempts.pop(self.id, None)
             self.dirty = True
@@ -608,6 +615,8 @@ class Activation:
         if item.sequence <= self.cursor:
             return
         if self.skip and item.sequence in self.skip:
+            if self.past is not None:
+                self.past.took_no_effect(item.sequence)
             self._advance(item)
             return
         if self.cautious and not await self._may_try(item):
@@ -690,6 +699,8 @@ class Activation:
         if item.stamp > self.mark:
             self.mark = item.stamp
         self.consumed += 1
+        if self.past is not None:
+            self.past.done()
         if self.cautious and item.sequence >= self.runtime.attempts.get(self.id, (0, 0))[0]:
             self.cautious = False
             self.runtime.attempts.pop(self.id, None)
@@ -821,6 +832,8 @@ class Activation:
         if state != self.state_json:
             self.state_json = state
             self.dirty = True
+            if self.past is not None and (signal is None or not signal.sequence):
+                self.past.aside()
         if context._stop_reason is not None and self.stopping is None:
             reason, context._stop_reason = context._stop_reason, None
             self.runtime.stop_one(self, reason)
@@ -886,6 +899,8 @@ class Activation:
         self._tell(body, letter, msg_id)
         if body is not None and is_of_kin(body["type"]):
             self._hear_buried(body, item.sequence)
+        if self.past is not None:
+            self.past.took_no_effect(item.sequence)
         self._advance(item)
         self.runtime.log.warning(
             "signal given up", agent=self.id, sequence=item.sequence, reason=error.code
@@ -1030,6 +1045,7 @@ class Activation:
         if self.skip:
             self.skip = [sequence for sequence in self.skip if sequence > self.cursor]
         items = list(self.outbox.values())
+        past = self.past
         payload = encode_record(
             epoch=self.epoch,
             commit=self.commit_no + 1,
@@ -1048,9 +1064,12 @@ class Activation:
             sensors=self.positions,
             family=self.agent.ctx._family_kept,
             schema_version=self._kind.version,
+            past=None if past is None else past.encoded(),
         )
         self.commit_no += 1
         self.in_flight = [payload, self.cursor, items, self._awaiting]
+        if past is not None:
+            self.in_flight += past.mark(), self._base()
         self._awaiting = []
         self.dirty = False
         self.uncommitted = 0
@@ -1089,13 +1108,16 @@ class Activation:
     def stored_as(self, revision: int) -> None:
         """The commit in flight is stored: let its replies and emitted signals go."""
         assert self.in_flight is not None
-        _, cursor, items, awaiting = self.in_flight
+        _, cursor, items, awaiting, *past = self.in_flight
         self.in_flight = None
         self.runtime.commits_in_flight -= 1
         self.revision = revision
         self.committed_cursor = cursor
         self.committed_outbox = len(items)
         failpoint("commit.after_cas_before_outbox")
+        if self.past is not None and past:
+            self.past.committed(past[0])
+            self._store_base(past[1])
         self.runtime.moved(self)
         for reply, body in awaiting:
             self._send_reply(reply, body)
@@ -1108,6 +1130,44 @@ class Activation:
         self.runtime.committed(self)
         self.runtime.commit_next()
         self.resume()
+
+    def _base(self) -> tuple[BaseRecord, bytes] | None:
+        """What is being committed, as a base, if it is time for one."""
+        if self.past is None or (place := self.past.next_place()) is None:
+            return None
+        base = self.past.begin(place, self.cursor)
+        return base, encode_base(
+            base,
+            epoch=self.epoch,
+            run=self.run_name,
+            state=self.state_json,
+            schema_version=self._kind.version,
+        )
+
+    def store_first_base(self) -> None:
+        """The claim is stored: what it found is what a replay can begin with."""
+        if self.past is not None:
+            self._store_base(self._base())
+
+    def _store_base(self, base: tuple[BaseRecord, bytes] | None) -> None:
+        """Store a base of a commit that is stored; the next commit names it."""
+        past = self.past
+        if past is None or base is None:
+            return
+        made, value = base
+        # Its place was named by a record until now; what is there from now on may be either.
+        past.bases = [known for known in past.bases if known.place != made.place]
+
+        def on_ack(ack: PubAck | FoundationError) -> None:
+            past.end(made, is_stored=isinstance(ack, PubAck))
+            if self.runtime.holds(self) and self.failure is None and self.stopping is None:
+                self.dirty = True
+                self.commit()
+
+        try:
+            self.runtime.state.overwrite_nowait(base_key(self.id, made.place), value, on_ack=on_ack)
+        except BusError:
+            past.end(made, is_stored=False)
 
     @property
     def steps(self) -> StepLedger:

@@ -118,6 +118,10 @@ class Agent:
     it. `on_stop("hibernated")` is called before, `on_start` after. None: `worker.hibernate_after_s`.
     Not for agents that are not durable or have sensors."""
 
+    history: ClassVar[int | None] = None
+    """How many of its handled signals stay in its mailbox, for `foundation history` and `replay`; None:
+    `mailbox.history`. Not for agents that are not durable."""
+
     state: Any
     ctx: Context
     _layers: ClassVar[tuple[Middleware, ...]] = ()

@@ -54,6 +54,7 @@ def encode_record(
     sensors: dict[str, Any] | None = None,
     family: FamilyRecord | None = None,
     schema_version: int = 1,
+    past: dict[str, Any] | None = None,
 ) -> bytes:
     """The record as JSON; *writer* and *state* are JSON already."""
     body: dict[str, Any] = {
@@ -90,6 +91,8 @@ def encode_record(
         body["sensors"] = sensors
     if family is not None and not family.is_blank:
         body["family"] = family.model_dump(mode="json", exclude_defaults=True)
+    if past is not None:
+        body["past"] = past
     return orjson.dumps(body)
 
 

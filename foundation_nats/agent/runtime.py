@@ -39,6 +39,7 @@ from foundation_nats.agent.outbox import (
     is_repeat_remembered,
     parse_time,
 )
+from foundation_nats.agent.past import Past
 from foundation_nats.agent.pool import RunnerPool
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
@@ -121,6 +122,8 @@ class Runtime:
         self.outbox_max = config.mailbox.outbox_max
         self.state_max_bytes = config.mailbox.state_max_bytes
         self.emit_max_bytes = config.mailbox.emit_max_bytes
+        self._history = config.mailbox.history
+        self._history_max = config.mailbox.mailbox_max // 4
         self.steps_max_bytes = config.mailbox.steps_max_bytes
         self.outbox_max_bytes = config.mailbox.emit_max_bytes * 3 // 4
         self.attempts_max = config.mailbox.attempts_max
@@ -310,7 +313,14 @@ class Runtime:
         self._moved = {
             item for item in self._moved - moved if self._activations.get(item.id) is item
         }
-        return {item.id: (item.committed_cursor, item.consumed) for item in moved}
+        found = {}
+        for item in moved:
+            place = (item.committed_cursor, item.consumed)
+            # Of what an agent keeps to be looked at, the trimmer shall know nothing.
+            known = place if item.past is None else item.past.boundary()
+            if known is not None:
+                found[item.id] = known
+        return found
 
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind each *run* here."""
@@ -445,6 +455,7 @@ class Runtime:
             ]
         join(agent, record.spec.parent, stored.family if stored else None, self._nursery)
         recovered = record.recovered_from
+        past = self._past(agent, stored)
         activation = Activation(
             self,
             record,
@@ -463,6 +474,7 @@ class Runtime:
             if stored and stored.steps
             else None,
             positions=stored.sensors or None if stored else None,
+            past=past,
         )
         if stored is not None and outbox:
             # A claim rewrites the record: what it found in the outbox is as old as before.
@@ -494,8 +506,21 @@ class Runtime:
             sensors=activation.positions,
             family=agent.ctx._family_kept,
             schema_version=cls.State.version,
+            past=None if past is None else past.encoded(),
         )
         return activation, payload
+
+    def _past(self, agent: Agent, stored: StateRecord | None) -> Past | None:
+        """What it keeps of what it has handled, if it shall keep any."""
+        said = type(agent).history
+        keep = min(self._history if said is None else said, self._history_max)
+        if keep <= 0 or not agent.durable:
+            return None
+        past = Past(keep, stored.past if stored else None)
+        known = None if stored is None or stored.state is None else stored.schema_version
+        if known is not None and known != type(agent).State.version:
+            past.aside()  # it was migrated
+        return past
 
     async def _write_claim(self, activation: Activation, payload: bytes) -> None:
         await self.bus.wait_room()
@@ -522,6 +547,7 @@ class Runtime:
             activation.route = self.bus.subscribe(
                 self.subjects.agent(activation.id), activation.on_message
             )
+            activation.store_first_base()
             activation.begin()
         failpoint("claim.after_subscribe")
         late = [item for item in activations if item.outbox]

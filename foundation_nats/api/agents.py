@@ -11,6 +11,7 @@ import orjson
 
 from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.loading import run_name
+from foundation_nats.api.history import History, Recording, read_history, read_recording
 from foundation_nats.api.refs import AgentInfo, AgentRef
 from foundation_nats.api.resources import Reservation
 from foundation_nats.base.clock import monotonic
@@ -291,6 +292,28 @@ class Agents:
         verdict = {"key": key, "signal": signal, "done": done, "result": result}
         said = await self._cluster.ask(id, "foundation.step.resolve", verdict, timeout=timeout)
         return StepRecord.model_validate(said)
+
+    async def history(self, id: str, *, last: int = 50, effects: bool = False) -> History:
+        """The newest *last* signals that the agent's mailbox still holds, handled and unread.
+
+        Handled ones stay about a minute, and as many as `mailbox.history` or the class says.
+
+        Args:
+            effects: look in all mailboxes for what each has caused to be emitted, too.
+
+        Raises:
+            AgentNotFoundError: there is no such agent, and nothing of it.
+        """
+        return await read_history(self._cluster, id, last=last, effects=effects)
+
+    async def recording(self, id: str) -> Recording:
+        """A state that the agent had, and what it has handled since: for `testing.replay`.
+
+        Raises:
+            AgentNotFoundError: there is no such agent.
+            NotFoundError: it keeps no past (`history`).
+        """
+        return await read_recording(self._cluster, id)
 
     async def state(self, id: str) -> dict[str, Any] | None:
         """The stored record of an agent: state, cursor, epoch, commit, outbox; None if none."""

@@ -15,6 +15,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING
 
+from foundation_nats.agent.past import PLACES, base_key
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.streams import StreamReader
 from foundation_nats.errors import NotSettledError, SignalNotFoundError, StaleRevisionError
@@ -46,6 +47,9 @@ async def purge(cluster: Cluster, name: str) -> list[str]:
     keys = [
         key[len(state.subject("")) :] for key in await state.reader.subjects(state.subject("*"))
     ]
+    bases = {
+        key[len(state.subject("")) :] for key in await state.reader.subjects(state.subject("*.*"))
+    }
     revisions = await _revisions(state, [agent for agent in keys if belongs(agent, name)])
     boxes = await signals.subjects(subjects.mailboxes())
     written = {box[len(subjects.mailbox("")) :] for box in boxes}
@@ -79,6 +83,9 @@ async def purge(cluster: Cluster, name: str) -> list[str]:
                 await state.delete(agent, expected=revisions[agent])
             except StaleRevisionError:
                 continue  # it runs again, and this is its own by now
+            for place in range(PLACES):
+                if base_key(agent, place) in bases:
+                    await state.delete(base_key(agent, place))
         await _cancel_timers(cluster, agent)
         if agent in written:
             await signals.purge(subjects.mailbox(agent), below=last + 1)

@@ -165,6 +165,14 @@ class Bucket:
             self._bus, self.subject(key), value, on_ack, headers={EXPECTED: str(expected)}
         )
 
+    def overwrite_nowait(self, key: str, value: bytes, *, on_ack: OnAck) -> None:
+        """`overwrite` without waiting; *on_ack* is called once.
+
+        Raises:
+            BusUnavailableError, PayloadTooLargeError: nothing was sent; *on_ack* is not called.
+        """
+        append_nowait(self._bus, self.subject(key), value, on_ack)
+
     async def overwrite(self, key: str, value: bytes, *, ttl_s: float | None = None) -> int:
         """Write a key whatever it holds: for keys that have one writer."""
         headers = {} if ttl_s is None else {"Nats-TTL": f"{max(1.0, ttl_s):g}s"}

@@ -190,7 +190,7 @@ class DrowsyRegister(Register):
 
     hibernate_after = 0.3
 
-    class State(BaseState):
+    class State(Stored):
         """The value, and how often it woke up."""
 
         value: int | None = None
@@ -212,7 +212,7 @@ class Ring(BaseModel):
 class Alarm(Agent):
     """Is rung by timers that clients set, and by those that it sets itself."""
 
-    class State(BaseState):
+    class State(Stored):
         """What was set here; what rang, and when on this machine's clock; the ids of ticks."""
 
         set: list[str] = Field(default_factory=list)
@@ -241,7 +241,7 @@ class Alarm(Agent):
 class Payer(Agent):
     """Does two things outside for each order, the second only after the first."""
 
-    class State(BaseState):
+    class State(Stored):
         """The orders carried out, and which payment each believes in."""
 
         applied: list[tuple[str, str]] = Field(default_factory=list)
@@ -279,7 +279,7 @@ class Token(BaseModel):
 class Station(Agent):
     """Notes every token, and passes it on to the next of the ring."""
 
-    class State(BaseState):
+    class State(Stored):
         """Every (token, hop) that passed, in order."""
 
         applied: list[str] = Field(default_factory=list)

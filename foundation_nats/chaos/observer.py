@@ -85,7 +85,7 @@ class Observer(Seen):
             Bucket(bus, subjects, BUCKET).watch(scope, self._on_ledger, PREFIX + "*"),
         ]
         if self.watch_state:
-            watches.append(Bucket(bus, subjects, "state").watch(scope, self._on_state))
+            watches.append(Bucket(bus, subjects, "state").watch(scope, self._on_state, "*"))
         for watch in watches:
             await watch.wait_ready(timeout)
 

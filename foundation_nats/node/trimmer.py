@@ -3,7 +3,8 @@
 Only managers trim (F12): the right to purge is all or nothing per stream. A
 consumed signal stays `trim_min_age_s` as evidence against late repeats (see
 `agent/outbox.py`), unless its mailbox fills up. What a crash leaves untrimmed
-is trimmed when the agent's cursor moves the next time.
+is trimmed when the agent's cursor moves the next time. Of an agent that keeps a history (`mailbox.history`) workers report
+as consumed only what lies behind it: see `agent/past.py`.
 
 Numbers below a cursor are consumed only while the stream does not go back
 (`agent/rewind.py`). So at a disconnect, and when the stream turns out to be another, be led

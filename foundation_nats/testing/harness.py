@@ -13,7 +13,7 @@ time-outs, limits of size, and what only processes can do to each other. Retries
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -183,7 +183,7 @@ class _Home:
             raise _Crashed
 
 
-class _Context(Context):
+class HarnessContext(Context):
     """With the harness's clock."""
 
     __slots__ = ("_clock",)
@@ -242,6 +242,8 @@ class AgentHarness(Generic[A]):
         self.stopped: str | None = None
         """Why it stopped itself (`ctx.stop`), if it did."""
 
+    _context_kind: type[HarnessContext] = HarnessContext
+
     # ---- life -------------------------------------------------------------------
 
     async def start(self, recovered_from: RecoveredFrom | None = None) -> None:
@@ -254,7 +256,7 @@ class AgentHarness(Generic[A]):
         self._epoch += 1
         self.stopped = None
         agent = self._cls()
-        agent.ctx = context = _Context(
+        agent.ctx = context = self._context_kind(
             self._id, config=self._config, node="test", epoch=self._epoch
         )
         context._agent = agent
@@ -554,6 +556,7 @@ class AgentHarness(Generic[A]):
         sequence: int = 0,
         attempt: int = 1,
         items: asyncio.Queue[Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> Any:
         # As it comes over the wire: models become plain values, what is no JSON is refused.
         data = orjson.loads(to_json(data))
@@ -565,9 +568,9 @@ class AgentHarness(Generic[A]):
             source=source,
             type=type_,
             data=validated(handling, type_, data),
-            time=utc_text(),
             sequence=sequence,
             attempt=attempt,
+            **(extra or {"time": utc_text()}),
         )
         agent.ctx._begin(signal)
         try:

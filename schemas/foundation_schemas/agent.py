@@ -399,6 +399,41 @@ class FamilyRecord(WireModel):
         return self == FamilyRecord()
 
 
+class BaseRecord(WireModel):
+    """Which state is stored beside a record, for a replay to begin at."""
+
+    place: int
+    """0 or 1: the key in the bucket ``state`` is the agent's id, a dot and this."""
+    cursor: int
+    """The mailbox sequence up to which signals have taken effect in it."""
+    handled: int = 0
+    """As in `PastRecord`, at that moment."""
+    asides: int = 0
+
+
+class StoredBase(BaseRecord):
+    """A state that an agent once had, stored for a replay to begin at."""
+
+    v: int = 1
+    epoch: int = 0
+    run: str = ""
+    schema_version: int = 1
+    state: dict[str, Any] = Field(default_factory=dict)
+
+
+class PastRecord(WireModel):
+    """What is known of the handled signals that an agent keeps; see `agent/past.py`."""
+
+    handled: int = 0
+    """Signals done with, ever since some are kept."""
+    asides: int = 0
+    """How often the state was changed by something that is no signal: questions, hooks."""
+    void: list[int] = Field(default_factory=list)
+    """Those of the kept ones that took no effect."""
+    bases: list[BaseRecord] = Field(default_factory=list)
+    """The newest last; behind the first of them no handled signal is missing."""
+
+
 class StateRecord(WireModel):
     """State, cursor and outbox of one agent: the unit of commit."""
 
@@ -428,5 +463,7 @@ class StateRecord(WireModel):
     """How far each sensor has come, by its name."""
     family: FamilyRecord | None = None
     """Its children, as far as it has any; see `agent/family.py`."""
+    past: PastRecord | None = None
+    """What it keeps of what it has handled, if it keeps any."""
     attempt: list[int] | None = None
     """[sequence, attempts] of a signal whose handling may have killed the worker."""

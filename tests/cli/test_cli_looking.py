@@ -56,3 +56,37 @@ async def test_top_names_who_is_busy(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "HANDLED/S" in text
         assert "slow" in text
         assert "\x1b" not in text
+
+
+async def test_history_and_replay_show_what_was_and_what_came_of_it(tmp_path: Path) -> None:
+    """As tables and as JSON; a replay that is not exact ends with 1."""
+    async with running(tmp_path) as (cluster, shell):
+        client = cluster.client
+        await client.agents.start("rememberer:Tally", id="tally")
+        receipts = [
+            await client.send("tally", "tally.add", {"amount": amount}) for amount in (1, 2, 3)
+        ]
+
+        async def is_handled() -> bool:
+            state = await client.agents.state("tally")
+            return state is not None and state["cursor"] >= receipts[-1].sequence
+
+        await eventually(is_handled, timeout=10, message="all are handled")
+        listed = await shell.json("history", "tally", "--last", "2", "--effects")
+        assert listed["schema"] == "foundation/v1/history"
+        assert [item["data"]["amount"] for item in listed["signals"]] == [2, 3]
+        assert [item["outcome"] for item in listed["signals"]] == ["handled", "handled"]
+        assert (listed["kept"], listed["unread"]) == (3, 0)
+        assert listed["signals"][0]["effects"][0]["target"] == "agent:mirror"
+        middle = str(receipts[1].sequence)
+        code, out, err = await shell.run("replay", "tally", "--until", middle)
+        assert code == 0, err
+        assert f"state at #{middle}" in out
+        assert '"total":3' in out
+        assert "total: 1 → 3" in out
+        await client.ask("tally", "tally.add", {"amount": 10})
+        code, out, err = await shell.run("replay", "tally", "-o", "json")
+        assert code == 1, err
+        found = json.loads(out)
+        assert (found["asides"], found["exact"]) == (1, False)
+        assert found["state"]["total"] == 6
