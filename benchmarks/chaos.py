@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import secrets
 import sys
 import tempfile
@@ -44,11 +45,12 @@ KINDS = (Options(seconds=20), _FLOOD, Options(seconds=20, brokers=3, rate=0.5), 
 async def campaign(seed: int, minutes: float, keep: Path) -> Campaign:
     """Rounds for so long; the one that is under way is ended."""
     found = Campaign()
+    chance = random.Random(seed)
     deadline = time.monotonic() + minutes * 60
     turn = 0
     while time.monotonic() < deadline:
         options = replace(KINDS[turn % len(KINDS)], keep=keep)
-        one = await run_campaign(seed + turn, options, rounds=1, say=_say)
+        one = await run_campaign(found.next_seed(chance, options), options, rounds=1, say=_say)
         found.rounds += one.rounds
         turn += 1
     return found
@@ -96,7 +98,7 @@ def main() -> int:
     """0 if every round passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=None, help="of the first round; +1 for each")
+    parser.add_argument("--seed", type=int, default=None, help="draws the seeds of the rounds")
     parser.add_argument("--keep", type=Path, default=None, help="evidence of rounds that fail")
     parser.add_argument(
         "--failover",

@@ -28,6 +28,13 @@ def chaos(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Repeat the plan of this seed.")
     ] = None,
+    edition: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --seed: of the kinds of faults, as they were when the seed was new.",
+        ),
+    ] = None,
     nodes: Annotated[int, typer.Option(metavar="N", min=2, help="Nodes of the lab.")] = 3,
     brokers: Annotated[
         int, typer.Option(metavar="N", min=1, max=5, help="NATS servers; 3 or more replicate.")
@@ -110,7 +117,7 @@ def chaos(
     Example: foundation chaos --seconds 20
     """
     from foundation_nats.chaos import faults as kinds
-    from foundation_nats.chaos.attached import KILL_KINDS, SAFE_KINDS
+    from foundation_nats.chaos.attached import chosen_kinds
     from foundation_nats.chaos.campaign import Options, run_campaign
     from foundation_nats.chaos.plans import Plan
     from foundation_nats.chaos.report import summary
@@ -136,8 +143,8 @@ def chaos(
             hint="Leave it out, or leave out --attach.",
         )
     chosen = tuple(fault) if fault else None
-    if attach and chosen is None:
-        chosen = SAFE_KINDS + (KILL_KINDS if start else ())
+    if attach:
+        chosen = chosen_kinds(chosen, start=start)
     number = random.randrange(1 << 32) if seed is None else seed
     given = None if plan_file is None else Plan.load(plan_file)
     if given is not None:
@@ -147,7 +154,9 @@ def chaos(
     if minimise is not None:
         number = minimise
     try:
-        planned = kinds.plan(number, seconds, kinds=chosen, brokers=brokers)
+        planned = kinds.plan(
+            number, seconds, kinds=chosen, brokers=brokers, edition=edition or kinds.EDITION
+        )
     except ValueError as error:
         raise ConfigError(f"{error}.", hint="`foundation chaos --list` explains them.") from error
     if given is not None:
@@ -161,6 +170,7 @@ def chaos(
         nodes=nodes,
         brokers=brokers,
         kinds=chosen,
+        edition=edition or kinds.EDITION,
         workloads=tuple(
             workload
             or (name for name, kind in WORKLOADS.items() if not (attach and kind.needs_lab))

@@ -156,6 +156,13 @@ class WireClient(Client):
         super().__init__()
         self._ps = _WireParser(self)
 
+    async def _connect_to_server(self, s: Srv) -> None:
+        # nats-py forgets the connection of an attempt that failed after it was made: with a server
+        # that is ending, one that is never closed for each attempt.
+        if self._transport:
+            self._transport.close()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
+
     def dispatch(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
     ) -> None:

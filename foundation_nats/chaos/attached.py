@@ -14,7 +14,8 @@ import contextlib
 import shlex
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -27,18 +28,62 @@ from foundation_nats.api.refs import NodeInfo
 from foundation_nats.base.clock import monotonic
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.streams import StreamReader
+from foundation_nats.chaos.faults import KINDS
 from foundation_nats.config import Config
 from foundation_nats.errors import ConfigError, FoundationError
+from foundation_nats.testing.disks import SlowDisk
 from foundation_nats.testing.links import Link
 from foundation_nats.testing.probes import eventually
 from foundation_nats.testing.server import TestServer
 
 _COMMAND_TIMEOUT_S = 60.0
 
-SAFE_KINDS = ("worker.kill", "worker.freeze", "node.freeze", "leader.freeze", "agent.exit")
+SAFE_KINDS: tuple[str, ...] = (
+    "worker.kill",
+    "worker.freeze",
+    "node.freeze",
+    "leader.freeze",
+    "agent.exit",
+)
 """Faults that every cluster must survive without anybody's help."""
-KILL_KINDS = ("node.kill", "manager.kill", "node.stop", "leader.kill")
+KILL_KINDS: tuple[str, ...] = (
+    "node.kill",
+    "manager.kill",
+    "node.stop",
+    "node.stop_kill",
+    "leader.kill",
+)
 """Faults after which somebody must start the node again."""
+OTHER_KINDS: tuple[str, ...] = (
+    "agent.crash",
+    "agent.block",
+    "agent.hang",
+    "agent.leak",
+    "agent.raise",
+    "client.churn",
+    "worker.squeeze",
+)
+"""Faults that are possible, and only done when they are named."""
+
+
+def chosen_kinds(kinds: Collection[str] | None, *, start: str | None) -> tuple[str, ...]:
+    """The faults to do to a running cluster: those that are named, else those that are safe.
+
+    Raises:
+        ConfigError: some of them can't be done to processes and brokers that are not ours. They
+            would be counted, and nothing would have happened.
+    """
+    if kinds is None:
+        return SAFE_KINDS + (KILL_KINDS if start is not None else ())
+    able = {*SAFE_KINDS, *KILL_KINDS, *OTHER_KINDS}
+    unable = [kind for kind in kinds if kind in KINDS and kind not in able]
+    if unable:
+        raise ConfigError(
+            f"{', '.join(sorted(unable))}: not possible with a cluster that runs already, "
+            "because its brokers, links, disks and clocks are not ours.",
+            hint=f"Possible are: {', '.join(sorted(able))}. Without --attach, all are.",
+        )
+    return tuple(kinds)
 
 
 class AttachedNode:
@@ -97,6 +142,10 @@ class AttachedNode:
         await eventually(lambda: not self.is_running, timeout=timeout, message="the node ends")
 
 
+def _not_ours(what: str) -> ConfigError:
+    return ConfigError(f"{what} that was not started here can't be broken from here.")
+
+
 class Attached:
     """An ``async with`` around somebody's cluster; offers the verbs of `Lab` that make sense."""
 
@@ -107,6 +156,10 @@ class Attached:
         self.names: list[str] = []
         self.servers: list[TestServer] = []
         self.links: dict[str, list[Link]] = {}
+        self.manager_links: dict[str, list[Link]] = {}
+        self.worker_links: dict[str, list[Link]] = {}
+        self.disks: list[SlowDisk] = []
+        self.no_disks = "the brokers are not ours"
         self.client_links: list[Link] = []
         self.clients: list[Cluster] = []
         self.eye: Cluster
@@ -147,18 +200,45 @@ class Attached:
         lease = await self.eye.leader()
         return lease.holder if lease is not None and lease.holder in self.running() else None
 
-    def signal_worker(self, name: str, index: int, number: signal.Signals) -> psutil.Process | None:
-        """Send a signal to one worker of the node; None if it has none."""
+    def worker(self, name: str, index: int) -> psutil.Process | None:
+        """One of the node's workers; None if it has none."""
         workers = self._nodes[name].workers()
-        if not workers:
-            return None
-        worker = workers[index % len(workers)]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.send_signal(number)
-        return worker
+        return workers[index % len(workers)] if workers else None
+
+    def connect(self, name: str) -> AbstractAsyncContextManager[Cluster]:
+        """One more client; to be opened with ``async with``."""
+        return Cluster.connect(config=self._config, name=name)
+
+    # ---- what is not ours (`chosen_kinds` refuses it before anything begins) -----
 
     def set_clock(self, name: str, offset_s: float) -> None:
-        """Not possible in processes that we didn't start."""
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise _not_ours("the clock of a process")
+
+    def split_clock(self, name: str, offset_s: float) -> None:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise _not_ours("the clock of a process")
+
+    def cut_off(self, server: TestServer) -> None:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise _not_ours("a broker")
+
+    def join_brokers(self) -> None:
+        """Nothing: they were never parted."""
+
+    # ---- nodes ------------------------------------------------------------------
 
     async def restart_node(self, name: str) -> None:
         """Run the command that starts the node, if there is one; else its supervisor will."""
@@ -168,12 +248,6 @@ class Attached:
         process = await asyncio.create_subprocess_shell(command)
         async with asyncio.timeout(_COMMAND_TIMEOUT_S):
             await process.wait()
-
-    def cut_off(self, server: TestServer) -> None:
-        """Never called: there are no brokers of ours."""
-
-    def join_brokers(self) -> None:
-        """Never called: there are no brokers of ours."""
 
     async def heal(self) -> None:
         """Let everybody go on, and start what was killed."""

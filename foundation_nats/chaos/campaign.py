@@ -36,7 +36,7 @@ from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos import faults
-from foundation_nats.chaos.attached import Attached
+from foundation_nats.chaos.attached import Attached, chosen_kinds
 from foundation_nats.chaos.checkers import Gain, Judgement, worst_gains
 from foundation_nats.chaos.gauges import ALLOWED, Gauges
 from foundation_nats.chaos.history import History
@@ -75,6 +75,8 @@ class Options:
     """The sorts of faults; None: each seed draws its own."""
     plan: tuple[faults.Fault, ...] | None = None
     """The faults, instead of those that the seed draws."""
+    edition: int = faults.EDITION
+    """Of the sorts that a seed draws from: an old seed does what it did then."""
     rate: float = 1.0
     settle_s: float = 90.0
     """How long everything may take to arrive after the last fault."""
@@ -175,19 +177,11 @@ class Round:
 
 async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> Round:
     """One seed; never raises for what goes wrong inside, but reports it."""
-    plan = faults.plan(
-        seed,
-        options.seconds,
-        kinds=options.kinds,
-        brokers=options.brokers,
-        pause_s=options.pause_s,
-    )
-    if options.plan is not None:
-        plan = list(options.plan)
+    plan = plan_of(seed, options)
     report = Round(seed, options, plan)
     begun = monotonic()
     lab: Lab | Attached = (
-        _own_lab(seed, options)
+        _own_lab(seed, options, plan)
         if options.attach is None
         else Attached(options.attach, start=options.start)
     )
@@ -213,7 +207,29 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def _own_lab(seed: int, options: Options) -> Lab:
+def plan_of(seed: int, options: Options) -> list[faults.Fault]:
+    """What the seed does in a round of these options.
+
+    Raises:
+        ValueError: an unknown kind of fault, or none that is possible.
+        ConfigError: one that can't be done to a cluster that runs already.
+    """
+    if options.plan is not None:
+        return list(options.plan)
+    kinds = options.kinds
+    if options.attach is not None:
+        kinds = chosen_kinds(kinds, start=options.start)
+    return faults.plan(
+        seed,
+        options.seconds,
+        kinds=kinds,
+        brokers=options.brokers,
+        pause_s=options.pause_s,
+        edition=options.edition,
+    )
+
+
+def _own_lab(seed: int, options: Options, plan: Sequence[faults.Fault]) -> Lab:
     return Lab(
         seed=seed,
         nodes=options.nodes,
@@ -221,6 +237,7 @@ def _own_lab(seed: int, options: Options) -> Lab:
         brokers=options.brokers,
         environment=options.environment,
         settings=options.settings,
+        disks=any(fault.kind.startswith("disk.") for fault in plan),
     )
 
 
@@ -576,6 +593,17 @@ class Campaign:
 
     rounds: list[Round] = field(default_factory=list)
 
+    def next_seed(self, chance: random.Random, options: Options) -> int:
+        """A seed for the next round, with trouble that there has not been yet."""
+        return faults.next_seed(
+            lambda: chance.randrange(1 << 32),
+            self._happened(),
+            lambda seed: plan_of(seed, options),
+        )
+
+    def _happened(self) -> list[str]:
+        return [item.fault.kind for r in self.rounds for item in r.faults if not item.skipped]
+
     @property
     def is_passed(self) -> bool:
         """Every round passed."""
@@ -599,6 +627,7 @@ class Campaign:
             "operations": dict(sum((item.operations for item in self.rounds), Counter())),
             "faults": len(done),
             "faults_by_kind": dict(Counter(item.fault.kind for item in done)),
+            "kinds_missing": sorted(self._could_happen() - {item.fault.kind for item in done}),
             "lost": self._sort("lost"),
             "repeated": self._sort("repeated"),
             "violations": sum(item.violations_count for r in self.rounds for item in r.judgements),
@@ -620,6 +649,19 @@ class Campaign:
             "runs": [item.to_json() for item in self.rounds if item.verdict != "passed"],
         }
 
+    def _could_happen(self) -> set[str]:
+        """Every kind that any round could have drawn."""
+        found: set[str] = set()
+        for item in self.rounds:
+            kinds = item.options.kinds
+            if item.options.attach is not None:
+                kinds = chosen_kinds(kinds, start=item.options.start)
+            allowed = faults.possible(
+                kinds, brokers=item.options.brokers, edition=item.options.edition
+            )
+            found |= {kind.name for kind in allowed}
+        return found
+
     def _sort(self, sort: str) -> int:
         return sum(item.sorts[sort] for r in self.rounds for item in r.judgements)
 
@@ -638,7 +680,7 @@ async def run_campaign(
     deadline = None if seconds is None else monotonic() + seconds
     while True:
         # One round: exactly the seed that was given, so that it can be repeated.
-        number = seed if rounds == 1 else chance.randrange(1 << 32)
+        number = seed if rounds == 1 else campaign.next_seed(chance, options)
         found = await run_round(number, options, partial(_indented, say))
         campaign.rounds.append(found)
         say(

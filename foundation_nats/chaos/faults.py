@@ -1,17 +1,27 @@
 """Which faults there are, and the plan of a round: pure, decided by its seed before anything runs.
 
 A plan is data. It names victims by role ("the leader", "node 2"), because who
-leads is only known when the fault is due.
+leads is only known when the fault is due. It is the same on every machine: what a
+machine doesn't allow is skipped when it is due, with the reason.
+
+New kinds change what a seed draws. So kinds have editions, and a seed that found
+something is repeated in the edition it was found in.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Part = Literal["worker", "node", "manager", "leader", "broker", "link", "client", "agent"]
+Part = Literal["worker", "node", "manager", "leader", "broker", "link", "client", "agent", "disk"]
+
+EDITION = 2
+"""The latest edition of the kinds."""
+_CANDIDATES = 32
+"""So many seeds are drawn for one of a campaign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,8 @@ class Kind:
     brokers: int = 1
     """Needs at least so many brokers."""
     what: str = ""
+    edition: int = 1
+    """Since which edition it is drawn."""
 
 
 KINDS: dict[str, Kind] = {
@@ -80,6 +92,51 @@ KINDS: dict[str, Kind] = {
         Kind("agent.crash", "agent", 0, 0, what="a handler crashes in native code"),
         Kind("agent.block", "agent", 0.5, 3, what="a handler holds its worker's event loop"),
         Kind("agent.leak", "agent", 0, 0, 0.5, what="a handler leaks 32 MB"),
+        Kind("agent.hang", "agent", 1, 6, what="a handler waits and does not end", edition=2),
+        Kind("agent.raise", "agent", 0, 0, what="a handler fails at every try", edition=2),
+        Kind("worker.cut", "worker", 0.1, 3, what="a worker's connections are cut", edition=2),
+        Kind(
+            "worker.hold",
+            "worker",
+            0.5,
+            8,
+            what="a worker's packets are swallowed, its manager's pass",
+            edition=2,
+        ),
+        Kind("worker.hold_up", "worker", 0.5, 8, what="what a worker sends is lost", edition=2),
+        Kind("worker.hold_down", "worker", 0.5, 8, what="a worker hears nothing", edition=2),
+        Kind(
+            "worker.squeeze",
+            "worker",
+            0.5,
+            3,
+            what="a worker gets no more memory than it has",
+            edition=2,
+        ),
+        Kind("manager.cut", "manager", 0.1, 3, what="a manager's connections are cut", edition=2),
+        Kind(
+            "manager.hold",
+            "manager",
+            0.5,
+            8,
+            what="a manager's packets are swallowed, its workers' pass",
+            edition=2,
+        ),
+        Kind("link.choke", "link", 1, 6, what="a node's line is narrow: 4 to 64 KB/s", edition=2),
+        Kind(
+            "client.slow_read", "client", 1, 4, what="clients read slowly: 2 to 32 KB/s", edition=2
+        ),
+        Kind("client.churn", "client", 1, 4, what="clients come and go all the time", edition=2),
+        Kind(
+            "clock.split",
+            "node",
+            2,
+            6,
+            what="the clocks of a manager and of its workers jump apart",
+            edition=2,
+        ),
+        Kind("disk.slow", "disk", 1, 4, what="a broker's disk does few writes a second", edition=2),
+        Kind("disk.full", "disk", 0.5, 2, 0.5, what="a broker's disk is full", edition=2),
     )
 }
 
@@ -110,6 +167,7 @@ def plan(
     brokers: int = 1,
     pause_s: tuple[float, float] = (0.3, 2.0),
     overlap: float = 0.3,
+    edition: int = EDITION,
 ) -> list[Fault]:
     """The faults of one round.
 
@@ -120,19 +178,8 @@ def plan(
     Raises:
         ValueError: an unknown kind, or none that these brokers allow.
     """
-    unknown = set(kinds or ()) - KINDS.keys()
-    if unknown:
-        raise ValueError(
-            f"unknown fault {', '.join(sorted(unknown))}; there are: {', '.join(KINDS)}"
-        )
+    allowed = possible(kinds, brokers=brokers, edition=edition)
     chance = random.Random(seed)
-    allowed = [
-        kind
-        for kind in KINDS.values()
-        if (kinds is None or kind.name in kinds) and kind.brokers <= brokers
-    ]
-    if not allowed:
-        raise ValueError("none of these faults is possible with so few brokers")
     if kinds is None:
         allowed = [kind for kind in allowed if chance.random() < 0.6] or allowed
     faults: list[Fault] = []
@@ -153,6 +200,56 @@ def plan(
         if chance.random() >= overlap:
             at += duration
     return faults
+
+
+def possible(
+    kinds: Collection[str] | None = None, *, brokers: int = 1, edition: int = EDITION
+) -> list[Kind]:
+    """The kinds that may be drawn with so many brokers, in their order.
+
+    Raises:
+        ValueError: an unknown kind, or none that these brokers allow.
+    """
+    if not 1 <= edition <= EDITION:
+        raise ValueError(f"there is no edition {edition} of the faults; the latest is {EDITION}")
+    unknown = set(kinds or ()) - KINDS.keys()
+    if unknown:
+        raise ValueError(
+            f"unknown fault {', '.join(sorted(unknown))}; there are: {', '.join(KINDS)}"
+        )
+    allowed = [
+        kind
+        for kind in KINDS.values()
+        if (kind.name in kinds if kinds is not None else kind.edition <= edition)
+        and kind.brokers <= brokers
+    ]
+    if not allowed:
+        raise ValueError("none of these faults is possible with so few brokers")
+    return allowed
+
+
+def next_seed(
+    draw: Callable[[], int],
+    happened: Iterable[str],
+    planned: Callable[[int], Sequence[Fault]],
+) -> int:
+    """A seed for the next round of a campaign: of several, the one with most that is new.
+
+    The rounds of a campaign are short and the kinds many; drawn blindly, rare ones never come.
+    What a seed does stays its own: this chooses between seeds and changes no plan.
+
+    Args:
+        draw: gives seeds.
+        happened: the kind of each fault that took effect so far.
+        planned: the plan of a seed.
+    """
+    often = Counter(happened)
+
+    def news(seed: int) -> float:
+        # A kind that has not been there counts 1, one that was there thrice a quarter.
+        return sum(1 / (1 + often[kind]) for kind in {fault.kind for fault in planned(seed)})
+
+    return max((draw() for _ in range(_CANDIDATES)), key=news)
 
 
 def describe(faults: Sequence[Fault]) -> str:

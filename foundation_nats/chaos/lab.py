@@ -1,7 +1,8 @@
 """The cluster that a campaign breaks: brokers, nodes behind links, and the verbs of trouble.
 
 IO. Everything is of its own making: servers, nodes and links on free ports of
-this machine. `heal` undoes whatever is broken, so that convergence can be judged.
+this machine. A node's manager and its workers reach the brokers through links of their
+own, so that the two can be parted. `heal` undoes whatever is broken, so that convergence can be judged.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import signal
 import tempfile
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +20,17 @@ from typing import Any, Self
 import psutil
 
 from foundation_nats import Cluster
+from foundation_nats.node.embedded import EmbeddedConfig
+from foundation_nats.node.worker import OTHER_SERVERS
 from foundation_nats.testing.brokers import Brokers
 from foundation_nats.testing.clocks import SHIM, WallClock
 from foundation_nats.testing.cluster import NodeProcess, TestCluster
+from foundation_nats.testing.disks import SlowDisk, can_throttle
 from foundation_nats.testing.links import Link
 from foundation_nats.testing.server import TestServer
 
 _END_TIMEOUT_S = 20.0
+_DISK_MB = 192
 
 GPUS = 6
 """What each node declares of a scarce resource."""
@@ -60,7 +64,9 @@ class Lab:
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         path: list[str] | None = None,
+        disks: bool = False,
     ) -> None:
+        """*disks*: give each broker a disk that can be slow and full, where the machine allows."""
         self._chance = random.Random(seed)
         self._count = nodes
         self._brokers_count = brokers
@@ -78,8 +84,15 @@ class Lab:
         self._clocks: dict[str, WallClock] = {}
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.servers: list[TestServer] = []
-        self.links: dict[str, list[Link]] = {}
-        """Node to its links, one per broker."""
+        self._wants_disks = disks
+        self.disks: list[SlowDisk] = []
+        """The disks of the brokers, in their order; empty: they are the machine's own."""
+        self.no_disks = "the brokers have no disks of their own in this lab"
+        """Why there are none."""
+        self.manager_links: dict[str, list[Link]] = {}
+        """Node to its manager's links, one per broker."""
+        self.worker_links: dict[str, list[Link]] = {}
+        """Node to its workers' links, one per broker."""
         self.client_links: list[Link] = []
         self.cluster: TestCluster
         self.clients: list[Cluster] = []
@@ -89,6 +102,11 @@ class Lab:
     def eye(self) -> Cluster:
         """A connection that is never disturbed, for observers and checkers."""
         return self.cluster.client
+
+    @property
+    def links(self) -> dict[str, list[Link]]:
+        """Node to all its links."""
+        return {n: [*self.manager_links[n], *self.worker_links[n]] for n in self.manager_links}
 
     # ---- life -------------------------------------------------------------------
 
@@ -101,10 +119,15 @@ class Lab:
         return self
 
     async def _open(self) -> None:
+        if self._wants_disks:
+            self._mount_disks()
+        stores = [disk.path for disk in self.disks] or None
         if self._brokers_count == 1:
-            self.servers = [await self._stack.enter_async_context(TestServer())]
+            config = EmbeddedConfig(store=stores[0]) if stores else None
+            self.servers = [await self._stack.enter_async_context(TestServer(config))]
         else:
-            self._brokers = await self._stack.enter_async_context(Brokers(self._brokers_count))
+            brokers = Brokers(self._brokers_count, stores=stores)
+            self._brokers = await self._stack.enter_async_context(brokers)
             self.servers = self._brokers.servers
         mailbox = dict(self._settings.get("mailbox", {}))
         mailbox.setdefault("signals_max_bytes", self.servers[0].signals_max_bytes)
@@ -119,15 +142,24 @@ class Lab:
         )
         await self._stack.enter_async_context(self.cluster)
         for name in self.names:
-            self.links[name] = await self._open_links()
+            self.manager_links[name] = await self._open_links()
+            self.worker_links[name] = await self._open_links()
             self._clocks[name] = WallClock(Path(directory) / f"{name}.clock")
             self.start_node(name)
         self.client_links = await self._open_links()
         await self.cluster.wait_up(self.names, timeout=30)
-        urls = [link.url for link in self.client_links]
         for number in range(2):
-            client = Cluster.connect(urls, config=self.cluster.config, name=f"client-{number}")
+            client = self.connect(f"client-{number}")
             self.clients.append(await self._stack.enter_async_context(client))
+
+    def _mount_disks(self) -> None:
+        reason = can_throttle()
+        if reason is not None:
+            self.no_disks = reason
+            return
+        self.disks = [
+            self._stack.enter_context(SlowDisk(_DISK_MB)) for _ in range(self._brokers_count)
+        ]
 
     async def _open_links(self) -> list[Link]:
         links = []
@@ -159,7 +191,8 @@ class Lab:
             "--capacity",
             f"gpu={GPUS}",
             environment={
-                "FOUNDATION_BUS__SERVERS": ",".join(link.url for link in self.links[name]),
+                "FOUNDATION_BUS__SERVERS": ",".join(link.url for link in self.manager_links[name]),
+                OTHER_SERVERS: ",".join(link.url for link in self.worker_links[name]),
                 **self._clocks[name].environment,
             },
         )
@@ -177,19 +210,27 @@ class Lab:
         lease = await self.eye.leader()
         return lease.holder if lease is not None and lease.holder in self.names else None
 
-    def signal_worker(self, name: str, index: int, number: signal.Signals) -> psutil.Process | None:
-        """Send a signal to one worker of the node; None if it has none."""
+    def worker(self, name: str, index: int) -> psutil.Process | None:
+        """One of the node's workers; None if it has none."""
         workers = self.node(name).workers()
-        if not workers:
-            return None
-        worker = workers[index % len(workers)]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.send_signal(number)
-        return worker
+        return workers[index % len(workers)] if workers else None
 
     def set_clock(self, name: str, offset_s: float) -> None:
-        """Let the node's wall clock show so many seconds more."""
-        self._clocks[name].move(offset_s)
+        """Let the node's wall clock show so many seconds more; 0: the truth again, everywhere."""
+        if offset_s:
+            self._clocks[name].move(offset_s)
+        else:
+            self._clocks[name].set_right()
+
+    def split_clock(self, name: str, offset_s: float) -> None:
+        """Let the manager's wall clock show so many seconds more, and its workers' as many less."""
+        for index, process in enumerate(self.node(name).family()):
+            self._clocks[name].move(-offset_s if index else offset_s, pid=process.pid)
+
+    def connect(self, name: str) -> AbstractAsyncContextManager[Cluster]:
+        """One more client, by the way of all clients; to be opened with ``async with``."""
+        urls = [link.url for link in self.client_links]
+        return Cluster.connect(urls, config=self.cluster.config, name=name)
 
     async def restart_node(self, name: str) -> None:
         """Start the node anew if it has ended."""
@@ -216,6 +257,9 @@ class Lab:
     async def heal(self) -> None:
         """Undo everything: thaw, release, restart, set clocks right."""
         self.join_brokers()
+        for disk in self.disks:
+            disk.slow(0)
+            disk.free()
         for server in self.servers:
             if server.is_running:
                 server.thaw()

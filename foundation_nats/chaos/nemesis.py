@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos.attached import Attached
@@ -20,9 +22,13 @@ from foundation_nats.chaos.faults import Fault
 from foundation_nats.chaos.history import now_ns
 from foundation_nats.chaos.lab import Lab
 from foundation_nats.errors import FoundationError
+from foundation_nats.testing.disks import SlowDisk
+from foundation_nats.testing.links import Link
 from foundation_nats.testing.mangling import Mangling
 from foundation_nats.testing.server import TestServer
 
+_PASSERS_BY = 4
+_LEAVE_TIMEOUT_S = 15.0
 _STREAMS = ("signals", "state", "agents", "leases", "routes")
 
 
@@ -95,7 +101,26 @@ class Nemesis:
             "agent.crash": self._sabotage,
             "agent.block": self._sabotage,
             "agent.leak": self._sabotage,
+            "agent.hang": self._sabotage,
+            "agent.raise": self._sabotage,
+            "worker.cut": self._link_cut,
+            "worker.hold": self._link_hold,
+            "worker.hold_up": self._link_hold,
+            "worker.hold_down": self._link_hold,
+            "worker.squeeze": self._worker_squeeze,
+            "manager.cut": self._link_cut,
+            "manager.hold": self._link_hold,
+            "link.choke": self._link_choke,
+            "client.slow_read": self._client_slow_read,
+            "client.churn": self._client_churn,
+            "clock.split": self._clock_split,
+            "disk.slow": self._disk_slow,
+            "disk.full": self._disk_full,
         }
+
+    def verbs(self) -> Set[str]:
+        """The kinds of faults that it can carry out."""
+        return self._verbs.keys()
 
     async def run(self) -> None:
         """Carry out the plan; returns when the last fault has ended."""
@@ -135,6 +160,33 @@ class Nemesis:
         done.touches.append(chosen)
         return chosen
 
+    async def _a_worker(self, done: Done) -> psutil.Process:
+        node = await self._a_node(done)
+        done.touches.clear()  # its manager lives, so the node does
+        worker = self._lab.worker(node, done.fault.victim // 7)
+        if worker is None:
+            raise SkippedError("it has no worker now")
+        return worker
+
+    async def _some_links(self, done: Done) -> Sequence[Link]:
+        """The links of a node, or of its manager or workers alone, as the kind says."""
+        node = await self._a_node(done)
+        match done.fault.kind.partition(".")[0]:
+            case "manager":
+                return self._lab.manager_links[node]
+            case "worker":
+                done.touches.clear()
+                return self._lab.worker_links[node]
+        return self._lab.links[node]
+
+    def _a_disk(self, done: Done) -> tuple[TestServer, SlowDisk]:
+        disks = self._lab.disks
+        if not disks:
+            raise SkippedError(self._lab.no_disks)
+        index = done.fault.victim % len(disks)
+        done.victim = f"disk of broker {index + 1}"
+        return self._lab.servers[index], disks[index]
+
     async def _a_broker(self, done: Done) -> TestServer:
         servers = self._lab.servers
         alive = [server for server in servers if server.is_running]
@@ -166,23 +218,40 @@ class Nemesis:
 
     @asynccontextmanager
     async def _worker_kill(self, done: Done) -> AsyncIterator[None]:
-        node = await self._a_node(done)
-        done.touches.clear()  # its manager lives, so the node does
-        if self._lab.signal_worker(node, done.fault.victim // 7, signal.SIGKILL) is None:
-            raise SkippedError("it has no worker now")
+        worker = await self._a_worker(done)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGKILL)
         yield
 
     @asynccontextmanager
     async def _worker_freeze(self, done: Done) -> AsyncIterator[None]:
-        node = await self._a_node(done)
-        worker = self._lab.signal_worker(node, done.fault.victim // 7, signal.SIGSTOP)
-        if worker is None:
-            raise SkippedError("it has no worker now")
+        worker = await self._a_worker(done)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
             with contextlib.suppress(Exception):
                 worker.send_signal(signal.SIGCONT)
+
+    @asynccontextmanager
+    async def _worker_squeeze(self, done: Done) -> AsyncIterator[None]:
+        worker = await self._a_worker(done)
+        limit = getattr(psutil, "RLIMIT_AS", None)
+        if limit is None:
+            raise SkippedError("this platform can't limit the memory of a process that runs")
+        try:
+            before = worker.rlimit(limit)
+            # What it has, and at most 2 MB more: soon its allocations fail.
+            soft = worker.memory_info().vms + int(done.fault.strength * 2**21)
+            worker.rlimit(limit, (soft, before[1]))
+        except psutil.Error as error:
+            raise SkippedError(f"it could not be limited: {error}") from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(psutil.Error):
+                worker.rlimit(limit, before)
 
     @asynccontextmanager
     async def _node_kill(self, done: Done) -> AsyncIterator[None]:
@@ -286,7 +355,7 @@ class Nemesis:
 
     @asynccontextmanager
     async def _link_cut(self, done: Done) -> AsyncIterator[None]:
-        links = self._lab.links[await self._a_node(done)]
+        links = await self._some_links(done)
         for link in links:
             link.cut()
         try:
@@ -297,12 +366,12 @@ class Nemesis:
 
     @asynccontextmanager
     async def _link_hold(self, done: Done) -> AsyncIterator[None]:
-        links = self._lab.links[await self._a_node(done)]
+        links = await self._some_links(done)
         for link in links:
-            match done.fault.kind:
-                case "link.hold_up":
+            match done.fault.kind.partition(".")[2]:
+                case "hold_up":
                     link.hold("up")
-                case "link.hold_down":
+                case "hold_down":
                     link.hold("down")
                 case _:
                     link.hold()
@@ -314,7 +383,7 @@ class Nemesis:
 
     @asynccontextmanager
     async def _link_delay(self, done: Done) -> AsyncIterator[None]:
-        links = self._lab.links[await self._a_node(done)]
+        links = await self._some_links(done)
         done.touches.clear()  # slow is not dead
         for link in links:
             link.delay(0.05 + 0.25 * done.fault.strength)
@@ -325,8 +394,19 @@ class Nemesis:
                 link.heal()
 
     @asynccontextmanager
+    async def _link_choke(self, done: Done) -> AsyncIterator[None]:
+        links = await self._some_links(done)
+        for link in links:
+            link.choke(_rate(4, 64, done))
+        try:
+            yield
+        finally:
+            for link in links:
+                link.heal()
+
+    @asynccontextmanager
     async def _link_flap(self, done: Done) -> AsyncIterator[None]:
-        links = self._lab.links[await self._a_node(done)]
+        links = await self._some_links(done)
 
         async def flap() -> None:
             while True:
@@ -361,7 +441,7 @@ class Nemesis:
 
     @asynccontextmanager
     async def _link_mangle(self, done: Done) -> AsyncIterator[None]:
-        links = self._lab.links[await self._a_node(done)]
+        links = await self._some_links(done)
         done.touches.clear()
         for link in links:
             link.mangle(Mangling(drop=0.05, double=0.1, swap=0.1))
@@ -393,6 +473,73 @@ class Nemesis:
             for link in self._lab.client_links:
                 link.heal()
 
+    @asynccontextmanager
+    async def _client_slow_read(self, done: Done) -> AsyncIterator[None]:
+        done.victim = "clients"
+        for link in self._lab.client_links:
+            link.choke(_rate(2, 32, done), "down")
+        try:
+            yield
+        finally:
+            for link in self._lab.client_links:
+                link.heal()
+
+    @asynccontextmanager
+    async def _client_churn(self, done: Done) -> AsyncIterator[None]:
+        opened = 0
+        leaving = asyncio.Event()
+
+        async def come_and_go(number: int) -> None:
+            nonlocal opened
+            life = 0
+            while not leaving.is_set():
+                life += 1
+                with contextlib.suppress(FoundationError):
+                    async with self._lab.connect(f"passer-by-{number}-{life}") as client:
+                        await client.leader()
+                        opened += 1
+
+        tasks = [asyncio.create_task(come_and_go(number)) for number in range(_PASSERS_BY)]
+        try:
+            yield
+        finally:
+            # They leave in good order; a cancellation might end between two lives unheard.
+            leaving.set()
+            _, late = await asyncio.wait(tasks, timeout=_LEAVE_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+            done.victim = f"{opened} connections"
+        for task in tasks:
+            if task.done():
+                task.result()  # a bug of a client is not weather
+        if not opened:
+            raise SkippedError("nobody got in")
+
+    # ---- disks ------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _disk_slow(self, done: Done) -> AsyncIterator[None]:
+        _, disk = self._a_disk(done)
+        disk.slow(3 + int(done.fault.strength * 40))
+        try:
+            yield
+        finally:
+            disk.slow(0)
+
+    @asynccontextmanager
+    async def _disk_full(self, done: Done) -> AsyncIterator[None]:
+        server, disk = self._a_disk(done)
+        if not server.is_running:
+            raise SkippedError("the broker is down")
+        await asyncio.to_thread(disk.fill)
+        try:
+            yield
+        finally:
+            disk.free()
+        # A server that could not write stops taking anything until it is started anew (R-32).
+        await server.end()
+        await server.restart()
+
     # ---- clocks and agents ------------------------------------------------------
 
     @asynccontextmanager
@@ -406,15 +553,31 @@ class Nemesis:
             self._lab.set_clock(node, 0.0)
 
     @asynccontextmanager
+    async def _clock_split(self, done: Done) -> AsyncIterator[None]:
+        node = await self._a_node(done)
+        done.touches.clear()
+        self._lab.split_clock(node, (done.fault.strength - 0.5) * 7200 or 1.0)
+        try:
+            yield
+        finally:
+            self._lab.set_clock(node, 0.0)
+
+    @asynccontextmanager
     async def _sabotage(self, done: Done) -> AsyncIterator[None]:
         if not self._saboteurs:
             raise SkippedError("nobody to do it")
         agent = self._saboteurs[done.fault.victim % len(self._saboteurs)]
         done.victim = agent
         verb = done.fault.kind.partition(".")[2]
-        data: Awaitable[Any] | float | None = {"block": done.fault.duration_s, "leak": 32}.get(verb)
+        seconds = done.fault.duration_s
+        data = {"block": seconds, "hang": seconds, "leak": 32}.get(verb)
         await self._lab.eye.send(agent, f"sabotage.{verb}", data)
         yield
+
+
+def _rate(slowest: float, fastest: float, done: Done) -> float:
+    """Bytes a second between so many KB, by the fault's strength."""
+    return 1024 * (slowest + (fastest - slowest) * done.fault.strength)
 
 
 __all__ = ["Done", "Nemesis"]

@@ -28,6 +28,11 @@ def summary(found: Mapping[str, Any]) -> str:
             f"{kind:<14} agents run again after p50 {values['p50']:.2f} s, "
             f"max {values['max']:.2f} s ({values['count']} faults)"
         )
+    happened, missing = found["faults_by_kind"], found.get("kinds_missing", [])
+    lines.append(
+        f"{len(happened)} of {len(happened) + len(missing)} kinds of faults"
+        + (f"; not: {', '.join(missing)}" if missing else "")
+    )
     for run in found["runs"]:
         lines.append(
             f"seed {run['seed']}: {run['verdict']} {run['failure'] or run['void']}".rstrip()
@@ -51,6 +56,8 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"{found['operations'].get('ok', 0):,} / {found['operations'].get('fail', 0):,} / "
         f"{found['operations'].get('unknown', 0):,} |",
         f"| faults that took effect | {found['faults']} |",
+        f"| kinds of faults among them, of those possible | {len(found['faults_by_kind'])} / "
+        f"{len(found['faults_by_kind']) + len(found.get('kinds_missing', []))} |",
         f"| signals lost | {found['lost']} |",
         f"| effects repeated | {found['repeated']} |",
         f"| violations of any invariant | {found['violations']} |",

@@ -24,7 +24,7 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.events import Events
 from foundation_nats.cluster.validity import Validity
-from foundation_nats.config import Config
+from foundation_nats.config import BusConfig, Config
 from foundation_nats.errors import BusError, FoundationError
 from foundation_nats.node.blackbox import BlackBox
 from foundation_nats.node.hosting import HostContext, Workload, WorkloadFactory
@@ -48,6 +48,9 @@ from foundation_schemas import (
 
 REPORT_EVERY_S = 0.5
 REPORT_IDLE_S = 2.0
+OTHER_SERVERS = "FOUNDATION_TEST_WORKER_SERVERS"
+"""The variable by which a test gives the workers of a node a way to the bus that is not their
+manager's, so that the two may be parted. Commas between the servers."""
 _LAG_TICK_S = 0.2
 _LAG_TICK_IDLE_S = 1.0
 _REVIEW_AGAIN_S = 0.2
@@ -302,6 +305,14 @@ def _end_with_manager() -> None:
     threading.Thread(target=wait, name="manager-pipe", daemon=True).start()
 
 
+def _bus_config(orders: WorkerOrders) -> BusConfig:
+    """How the worker reaches the bus: as its manager does, unless a test says otherwise."""
+    other = os.environ.get(OTHER_SERVERS)
+    if not other:
+        return orders.config.bus
+    return orders.config.bus.model_copy(update={"servers": tuple(other.split(","))})
+
+
 async def serve(factory: WorkloadFactory) -> int:
     """Be a worker, as told on standard input, until the manager ends or this node is down."""
     line = sys.stdin.buffer.readline()
@@ -318,7 +329,7 @@ async def serve(factory: WorkloadFactory) -> int:
     for module in orders.imports:
         __import__(module)
     try:
-        bus = await Bus.connect(orders.config.bus, orders.worker)
+        bus = await Bus.connect(_bus_config(orders), orders.worker)
     except BusError as error:
         log.error("worker can't connect; its manager starts another", error=str(error))
         return 1

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -18,10 +20,17 @@ from foundation_nats.testing.server import TestServer
 
 
 class Brokers:
-    """An ``async with`` that gives a NATS cluster of *count* servers, ready for R3 streams."""
+    """An ``async with`` that gives a NATS cluster of *count* servers, ready for R3 streams.
 
-    def __init__(self, count: int = 3) -> None:
+    Args:
+        stores: a directory for each server; None: private ones.
+    """
+
+    def __init__(self, count: int = 3, *, stores: Sequence[Path] | None = None) -> None:
+        if stores is not None and len(stores) != count:
+            raise ValueError(f"{count} servers need {count} stores, not {len(stores)}")
         self._count = count
+        self._stores = stores
         self._stack = AsyncExitStack()
         self._routes: dict[tuple[int, int], Link] = {}
         self.servers: list[TestServer] = []
@@ -56,7 +65,12 @@ class Brokers:
                         link = await Link.open("127.0.0.1", ports[there])
                         self._routes[here, there] = await self._stack.enter_async_context(link)
             self.servers = [
-                TestServer(EmbeddedConfig(extra=self._settings(index, ports)))
+                TestServer(
+                    EmbeddedConfig(
+                        extra=self._settings(index, ports),
+                        store=None if self._stores is None else self._stores[index],
+                    )
+                )
                 for index in range(self._count)
             ]
             await asyncio.gather(

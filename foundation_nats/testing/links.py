@@ -1,4 +1,4 @@
-"""A TCP link to a server that a test can cut, hold, delay and heal.
+"""A TCP link to a server that a test can cut, hold, delay, choke and heal.
 
 IO: listens on a free loopback port and forwards to the target, bytes in order.
 
@@ -7,7 +7,8 @@ still answers; a held one stays silent with its connections open, as a broken
 network does. Both directions can be held and delayed on their own: ``up`` is
 from client to server, ``down`` from server to client. The port stays ours while
 the link is cut. What was under way in a connection that is cut is lost; what is
-held is delivered at `Link.release`. A link opened with *mangles* can also drop,
+held is delivered at `Link.release`. A choked link reads so slowly that whoever writes into
+it has to wait, as a slow consumer does. A link opened with *mangles* can also drop,
 double and swap live copies on their way to the client (`Link.mangle`).
 
 Not guaranteed: the proxy and the kernel buffer some bytes of a held direction,
@@ -20,6 +21,7 @@ import asyncio
 import contextlib
 import random
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -27,12 +29,16 @@ from typing import Literal, Self
 from foundation_nats.testing.mangling import Mangler, Mangling
 
 Direction = Literal["both", "up", "down"]
+Dial = Callable[[str, int], Awaitable[socket.socket]]
+"""Makes a connected socket, for targets that can't be reached from here."""
 
 _CHUNK = 16 * 1024
 _CHUNKS_MAX = 1024
 _BACKLOG = 128
 _DIAL_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
+_SIP_S = 0.05
+"""How much of a second a choked lane passes on at once."""
 
 
 @dataclass(slots=True)
@@ -41,9 +47,26 @@ class _Lane:
 
     open: asyncio.Event = field(default_factory=asyncio.Event)
     delay: float = 0.0
+    rate: float | None = None
+    """Bytes per second, of all connections together; None: as they come."""
+    free_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.open.set()
+
+    def sip(self) -> int:
+        """How much may be read at once."""
+        return _CHUNK if self.rate is None else max(1, min(_CHUNK, int(self.rate * _SIP_S)))
+
+    async def pace(self, size: int) -> None:
+        """Wait until *size* bytes have gone through the narrow place; at once where there is none."""
+        if self.rate is None:
+            return
+        loop = asyncio.get_running_loop()
+        self.free_at = due = max(self.free_at, loop.time()) + size / self.rate
+        # In slices, so that a lane that is healed is free at once.
+        while self.rate is not None and (left := due - loop.time()) > 0:
+            await asyncio.sleep(min(left, _SIP_S))
 
 
 class Link:
@@ -59,20 +82,28 @@ class Link:
         self._is_cut = True
         self._is_closed = False
         self._mangles: random.Random | None = None
+        self._dial: Dial | None = None
         self._mangling: Mangling | None = None
         self._manglers: list[Mangler] = []
 
     @classmethod
     async def open(
-        cls, target_host: str, target_port: int, *, mangles: random.Random | None = None
+        cls,
+        target_host: str,
+        target_port: int,
+        *,
+        mangles: random.Random | None = None,
+        dial: Dial | None = None,
     ) -> Self:
         """A link that forwards to the target; the target need not be there yet.
 
         Args:
             mangles: take the stream apart into messages, so that `mangle` works; its choices.
+            dial: how to connect to the target, where it is in another network.
         """
         link = cls(target_host, target_port, _bound("127.0.0.1", 0))
         link._mangles = mangles
+        link._dial = dial
         link._listen()
         return link
 
@@ -124,6 +155,17 @@ class Link:
         for lane in self._chosen(direction):
             lane.delay = seconds
 
+    def choke(self, bytes_per_s: float | None, direction: Direction = "both") -> None:
+        """Read only so many bytes a second, of all connections together; None ends it.
+
+        The writer at the other end is held up by TCP once the buffers between are full.
+        """
+        if bytes_per_s is not None and bytes_per_s <= 0:
+            raise ValueError(f"a rate must be positive: {bytes_per_s} (`hold` lets nothing pass)")
+        for lane in self._chosen(direction):
+            lane.rate = bytes_per_s
+            lane.free_at = 0.0
+
     def mangle(self, mangling: Mangling | None) -> None:
         """Mangle live copies on their way to the client from now on; None ends it."""
         if self._mangles is None:
@@ -136,12 +178,13 @@ class Link:
         return sum(mangler.touched for mangler in self._manglers)
 
     def heal(self) -> None:
-        """Undo `cut`, `hold`, `delay` and `mangle`."""
+        """Undo `cut`, `hold`, `delay`, `choke` and `mangle`."""
         if self._is_closed:
             raise RuntimeError("the link is closed")
         self._mangling = None
         self.release()
         self.delay(0)
+        self.choke(None)
         if self._is_cut:
             self._listen()
 
@@ -205,7 +248,7 @@ class Link:
             # A connection attempt is traffic from the client, too.
             await self._lanes["up"].open.wait()
             async with asyncio.timeout(_DIAL_TIMEOUT_S):
-                from_server, to_server = await asyncio.open_connection(*self._target)
+                from_server, to_server = await self._connect()
             self._add(to_server, writers)
             async with asyncio.TaskGroup() as group:
                 group.create_task(_forward(from_client, to_server, self._lanes["up"]))
@@ -218,6 +261,11 @@ class Link:
             self._writers.difference_update(writers)
             for writer in writers:
                 writer.transport.abort()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._dial is None:
+            return await asyncio.open_connection(*self._target)
+        return await asyncio.open_connection(sock=await self._dial(*self._target))
 
     def _new_mangler(self) -> Mangler | None:
         if self._mangles is None:
@@ -256,7 +304,8 @@ async def _take(
     loop = asyncio.get_running_loop()
     while True:
         await lane.open.wait()
-        data = await reader.read(_CHUNK)
+        data = await reader.read(lane.sip())
+        await lane.pace(len(data))
         if data and mangler is not None:
             data = mangler.feed(data)
             if not data:

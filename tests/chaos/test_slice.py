@@ -94,6 +94,8 @@ def test_faults_and_workloads_are_listed() -> None:
         (("--fault", "node.kil"), "node.kil"),
         (("--workload", "banks"), "There is no workload banks"),
         (("--fault", "broker.roll"), "so few brokers"),
+        (("--attach", "--fault", "clock.jump"), "clock.jump: not possible"),
+        (("--seed", "1", "--edition", "9"), "no edition 9"),
     ],
 )
 def test_what_does_not_exist_is_a_clear_error(arguments: tuple[str, ...], says: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -21,6 +23,7 @@ from foundation_nats.errors import (
 )
 from foundation_nats.node.embedded import EmbeddedConfig
 from foundation_nats.testing import TestServer, eventually
+from foundation_nats.testing.links import Link
 from foundation_schemas import Pong
 
 
@@ -100,6 +103,30 @@ async def test_subscriptions_survive_a_restart_and_nothing_is_sent_late(
     bus.publish("topic", b"now")
     await eventually(lambda: heard)
     assert heard == [b"now"]
+
+
+async def test_connections_that_fail_after_they_are_made_are_closed(server: TestServer) -> None:
+    """A server that ends accepts and hangs up; no attempt leaves a socket behind."""
+    host, _, port = server.url.removeprefix("nats://").partition(":")
+    refused = 0
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal refused
+        refused += 1
+        writer.close()
+
+    link = await Link.open(host, int(port))
+    bus = await Bus.connect(BusConfig(servers=(link.url,), connect_timeout_s=1.0), "test")
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        port = link.port
+        await link.close()
+        async with await asyncio.start_server(hang_up, "127.0.0.1", port):
+            await eventually(lambda: refused >= 3, message="it has tried again and again")
+            assert len(os.listdir("/proc/self/fd")) <= before
+        gc.collect()  # what was left open would warn now
+    finally:
+        await bus.close()
 
 
 async def test_a_client_that_nats_py_closed_for_good_is_rebuilt(bus: Bus) -> None:

@@ -198,6 +198,29 @@ async def test_a_delay_is_latency_in_its_direction_and_not_per_message(link: Lin
         assert await read(reader, 4) == b"fast"
 
 
+async def test_a_choked_link_passes_so_much_a_second_and_holds_up_the_writer(
+    link: Link, echo: Echo
+) -> None:
+    """Both connections share the line; what was written is late, not lost."""
+    loop = asyncio.get_running_loop()
+    async with connection(link) as (reader, writer), connection(link) as (other, to_other):
+        link.choke(40_000, "up")
+        began = loop.time()
+        writer.write(bytes(10_000))
+        to_other.write(bytes(10_000))
+        await asyncio.gather(read(reader, 10_000), read(other, 10_000))
+        assert 0.4 < loop.time() - began < 3.0
+        # More than all buffers in between: it has to wait.
+        link.choke(1_000, "up")
+        writer.write(bytes(16 * 1024 * 1024))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(_SILENCE_S):
+                await writer.drain()
+        assert len(echo.heard) < 1024 * 1024
+        link.heal()
+        assert await read(reader, 16 * 1024 * 1024) == bytes(16 * 1024 * 1024)
+
+
 async def test_what_is_held_when_the_link_is_cut_is_lost(link: Link, echo: Echo) -> None:
     """As on a network."""
     async with connection(link) as (reader, writer):
@@ -256,6 +279,8 @@ async def test_a_wrong_direction_or_delay_is_refused(link: Link) -> None:
         link.hold("sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="negative"):
         link.delay(-1)
+    with pytest.raises(ValueError, match="positive"):
+        link.choke(0)
 
 
 async def test_a_real_server_is_reached_lost_and_reached_again() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
 from foundation_nats.base import failpoint
 from foundation_nats.chaos import failover, faults, report
+from foundation_nats.chaos.attached import SAFE_KINDS, Attached, chosen_kinds
+from foundation_nats.chaos.nemesis import Nemesis
 from foundation_nats.chaos.report import BEGIN, END, markdown, replaced, summary
+from foundation_nats.config import Config
+from foundation_nats.errors import ConfigError
 from foundation_nats.testing.mangling import Mangler, Mangling, Splitter
 
 
@@ -25,11 +30,75 @@ def test_a_seed_is_a_plan() -> None:
         assert kind.brokers == 1
 
 
+OF_3018 = [("node.stop", 0.512), ("node.freeze", 3.785), ("worker.kill", 12.176)]
+"""How the plan of that seed began when it found something."""
+
+
 def test_seeds_leave_kinds_out_and_together_reach_all() -> None:
     """Swarm testing: each story has its own sorts of trouble."""
     seen = [frozenset(fault.kind for fault in faults.plan(s, 300, brokers=3)) for s in range(60)]
     assert frozenset().union(*seen) == faults.KINDS.keys()
     assert max(len(kinds) for kinds in seen) < len(faults.KINDS)
+
+
+def test_an_old_seed_does_what_it_did_then() -> None:
+    """New kinds change what a seed draws, unless it is repeated in its edition."""
+    old = faults.plan(3018, 20, edition=1)
+    assert all(faults.KINDS[fault.kind].edition == 1 for fault in old)
+    assert old != faults.plan(3018, 20)
+    assert [(fault.kind, fault.at_s) for fault in old[:3]] == OF_3018
+    with pytest.raises(ValueError, match="no edition 0"):
+        faults.plan(1, 60, edition=0)
+
+
+def test_a_campaign_chooses_seeds_with_what_has_not_happened_yet() -> None:
+    """Twelve short rounds reach every kind; drawn blindly they leave a fourth of them out."""
+
+    def reached(choose: Callable[[random.Random, list[str]], int]) -> int:
+        chance, happened = random.Random(1), list[str]()
+        for _ in range(12):
+            seed = choose(chance, happened)
+            happened += [fault.kind for fault in faults.plan(seed, 20, brokers=3)]
+        return len(set(happened))
+
+    def plan_of(seed: int) -> list[faults.Fault]:
+        return faults.plan(seed, 20, brokers=3)
+
+    blind = reached(lambda chance, _: chance.randrange(1 << 32))
+    chosen = reached(
+        lambda chance, happened: faults.next_seed(
+            lambda: chance.randrange(1 << 32), happened, plan_of
+        )
+    )
+    assert chosen == len(faults.KINDS)
+    assert blind < chosen
+
+
+def test_a_running_cluster_is_not_said_to_suffer_what_it_can_not() -> None:
+    """A clock that is not ours doesn't jump; that is refused, not counted."""
+    assert chosen_kinds(None, start=None) == SAFE_KINDS
+    assert "node.kill" in chosen_kinds(None, start="systemctl start {node}")
+    assert chosen_kinds(["agent.hang", "node.stop"], start=None) == ("agent.hang", "node.stop")
+    for kind in (
+        "clock.jump",
+        "clock.split",
+        "broker.kill",
+        "broker.roll",
+        "link.cut",
+        "disk.full",
+    ):
+        with pytest.raises(ConfigError, match=kind):
+            chosen_kinds(["worker.kill", kind], start=None)
+    attached = Attached(Config.load())
+    for wrong in (attached.set_clock, attached.split_clock):
+        with pytest.raises(ConfigError, match="clock"):
+            wrong("n1", 1.0)
+
+
+def test_every_kind_has_its_verb() -> None:
+    """A kind that nobody carries out would end a round with an error."""
+    nemesis = Nemesis(Attached(Config.load()), [])
+    assert nemesis.verbs() == faults.KINDS.keys()
 
 
 def test_a_plan_of_chosen_kinds_has_no_others() -> None:
@@ -100,7 +169,8 @@ def test_a_report_is_told_in_text() -> None:
     found = {
         "at": "2026-01-01", "version": "0", "commit": "abc", "cores": 2, "rounds": 2,
         "verdicts": {"passed": 1, "void": 1}, "receipts": 1000, "operations": {"ok": 5},
-        "faults": 3, "faults_by_kind": {"node.kill": 3}, "lost": 0, "repeated": 0,
+        "faults": 3, "faults_by_kind": {"node.kill": 3}, "kinds_missing": ["clock.jump", "node.stop"],
+        "lost": 0, "repeated": 0,
         "violations": 0, "false_downs": 0, "settled_s": {"p50": 1.0, "max": 2.0},
         "failover_s": {"node.kill": {"count": 3, "p50": 0.5, "p99": 0.9, "max": 0.9}},
         "checked": {"order": 10}, "seconds": 60.0, "seeds": [1, 2],
@@ -108,6 +178,7 @@ def test_a_report_is_told_in_text() -> None:
                   "violations": [], "undecided": []}],
     }  # fmt: skip
     assert "1,000 receipted signals under 3 faults: 0 lost" in summary(found)
+    assert "1 of 3 kinds of faults; not: clock.jump, node.stop" in summary(found)
     assert "seed 2: void quiet" in summary(found)
     page = replaced(f"a\n{BEGIN}\nold\n{END}\nb", markdown(found, "make chaos"))
     assert page.startswith("a\n")

@@ -1,0 +1,171 @@
+"""Each sort of trouble really is the trouble that it is called: the instrument is tested, not the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+
+import psutil
+import pytest
+
+from foundation_nats.base.clock import monotonic, utc_now
+from foundation_nats.chaos.faults import Fault
+from foundation_nats.chaos.lab import Lab
+from foundation_nats.chaos.nemesis import Done, Nemesis
+from foundation_nats.chaos.workloads.base import manifest_text
+from foundation_nats.errors import FoundationError
+from foundation_nats.testing import eventually
+from foundation_nats.testing.disks import can_throttle
+from tests.conftest import AGENTS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+SABOTEUR = "saboteur-0"
+
+
+@pytest.fixture
+async def lab() -> AsyncIterator[Lab]:
+    """One node behind links, and an agent that does what agents should not do."""
+    async with Lab(seed=1, nodes=1, path=[str(AGENTS)]) as opened:
+        await deploy(opened)
+        yield opened
+
+
+async def deploy(lab: Lab) -> None:
+    """The saboteur."""
+    run = "foundation_nats.chaos.agents:Saboteur"
+    entry = {"name": "saboteur", "run": run, "replicas": 1}
+    await lab.eye.deployments.apply(manifest_text([entry]))
+    await lab.eye.deployments.wait_settled(["saboteur"], timeout=20)
+
+
+async def do(lab: Lab, kind: str, seconds: float, strength: float = 0.0) -> Done:
+    """Carry out one fault from its beginning to its end."""
+    nemesis = Nemesis(lab, [Fault(0, kind, 0, seconds, strength)], [SABOTEUR])
+    await nemesis.run()
+    (done,) = nemesis.done
+    return done
+
+
+async def test_a_worker_that_is_parted_from_the_bus_is_replaced_and_its_node_is_not() -> None:
+    """Its manager hears the bus and not the worker: it ends it, and nobody declares the node down."""
+    async with Lab(seed=1, nodes=1, settings={"worker": {"hang_after_s": 1.0}}) as lab:
+        await deploy(lab)
+        (before,) = lab.node("n1").workers()
+        doing = asyncio.create_task(do(lab, "worker.hold", 3.0))
+        await eventually(lambda: not before.is_running(), timeout=10, message="it is ended")
+        assert not doing.done(), "void: the trouble was over before"
+        done = await doing
+        assert not done.skipped
+        assert done.touches == [], "it is no excuse for a verdict about the node"
+        await eventually(lambda: answers(lab), timeout=15, message="its agent runs again")
+        told = [event.what for event in await lab.eye.events.list(limit=200)]
+        assert "down" not in told
+        assert "died" in told
+
+
+async def answers(lab: Lab, timeout: float = 1.0) -> bool:
+    """Whether the agent answers at once."""
+    await lab.eye.ask(SABOTEUR, "sabotage.hang", 0.0, timeout=timeout)
+    return True
+
+
+async def test_a_manager_that_is_parted_from_the_bus_leaves_its_workers_connected(
+    lab: Lab,
+) -> None:
+    """The other way round, for less than it takes to be declared down."""
+    doing = asyncio.create_task(do(lab, "manager.hold", 1.0))
+    await asyncio.sleep(0.1)
+    assert await answers(lab, 0.5), "the worker is reached"
+    done = await doing
+    assert done.touches == ["n1"]
+
+
+async def test_a_worker_that_gets_no_more_memory_fails_its_handlers_and_goes_on(lab: Lab) -> None:
+    """Allocations fail while it lasts; what was asked for then is tried again and done."""
+    (worker,) = lab.node("n1").workers()
+    before = worker.rlimit(psutil.RLIMIT_AS)
+    doing = asyncio.create_task(do(lab, "worker.squeeze", 1.0))
+    await eventually(lambda: worker.rlimit(psutil.RLIMIT_AS) != before, message="it is limited")
+    with pytest.raises(FoundationError) as caught:
+        await lab.eye.ask(SABOTEUR, "sabotage.leak", 64, timeout=5)
+    assert "MemoryError" in str(caught.value)
+    await doing
+    await eventually(lambda: answers(lab), timeout=15, message="it works again")
+    for process in lab.node("n1").workers():
+        assert process.rlimit(psutil.RLIMIT_AS) == before
+
+
+async def test_handlers_hang_and_fail_and_clients_come_and_go(lab: Lab) -> None:
+    """A hanging handler keeps its agent busy; a failing one ends as a dead letter."""
+    doing = asyncio.create_task(do(lab, "agent.hang", 1.0))
+    began = monotonic()
+    await asyncio.sleep(0.1)
+    await lab.eye.ask(SABOTEUR, "sabotage.hang", 0.0)
+    assert monotonic() - began >= 1.0, "it waited its turn"
+    await doing
+    assert not (await do(lab, "agent.raise", 0.0)).skipped
+
+    async def buried() -> bool:
+        letters = [item.letter.signal or {} for item in await lab.eye.dead.list()]
+        return [letter.get("type") for letter in letters] == ["sabotage.raise"]
+
+    await eventually(buried, timeout=15, message="it is given up")
+    done = await do(lab, "client.churn", 1.0)
+    assert not done.skipped
+    assert int(done.victim.split()[0]) > 5
+
+
+async def test_the_clocks_of_a_manager_and_its_worker_are_parted_and_set_right(lab: Lab) -> None:
+    """By three quarters of an hour, in opposite directions."""
+    await lab.eye.agents.start("fleet:Recorder", id="r")
+    doing = asyncio.create_task(do(lab, "clock.split", 60.0, 0.9))
+    apart = 0.4 * 7200
+
+    async def ahead() -> float:
+        return float(await lab.eye.ask("r", "clock", timeout=1)) - utc_now().timestamp()
+
+    async def is_behind() -> bool:
+        return abs(await ahead() + apart) < 60
+
+    await eventually(is_behind, message="the worker is behind")
+    lab.node("n1").workers()[0].kill()
+
+    def told() -> list[str]:
+        lines = lab.node("n1").log.read_text().splitlines()
+        return [line for line in lines if "worker died" in line]
+
+    (line, *_) = await eventually(told, message="the manager writes that down")
+    shown = datetime.fromisoformat(line.split()[0]).timestamp()
+    assert abs(shown - utc_now().timestamp() - apart) < 60, "the manager is ahead"
+    doing.cancel()
+    await asyncio.wait([doing])
+
+    async def is_right() -> bool:
+        return abs(await ahead()) < 60
+
+    await eventually(is_right, message="all is right again")
+
+
+@pytest.mark.skipif(can_throttle() is not None, reason=can_throttle() or "")
+async def test_a_brokers_disk_is_slow_and_full_and_well_again() -> None:
+    """A full disk takes no signal; with room again and a restart it does."""
+    async with Lab(seed=1, nodes=1, disks=True) as lab:
+        await deploy(lab)
+        (disk,) = lab.disks
+        free = disk.free_bytes
+        doing = asyncio.create_task(do(lab, "disk.full", 0.3))
+        await eventually(lambda: disk.free_bytes < 2**16, message="it is full")
+        done = await doing
+        assert not done.skipped
+        assert disk.free_bytes > free / 2
+        assert (await lab.eye.send(SABOTEUR, "sabotage.hang", 0.0, timeout=10)).sequence
+        assert not (await do(lab, "disk.slow", 0.3)).skipped
+        assert (await lab.eye.send(SABOTEUR, "sabotage.hang", 0.0, timeout=10)).sequence
+
+
+async def test_what_the_lab_can_not_do_is_skipped_with_the_reason(lab: Lab) -> None:
+    """And so it is not counted."""
+    done = await do(lab, "disk.slow", 0.1)
+    assert done.skipped == "the brokers have no disks of their own in this lab"
