@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
+from foundation_cli.main import run as command
+from foundation_cli.run import _SECTIONS
 from foundation_nats import Cluster
 from foundation_nats.coordination import leader_follower
 from foundation_nats.testing import TestServer, eventually
@@ -76,9 +79,6 @@ async def test_a_command_runs_under_a_lock_and_others_wait(
         await mine.release()
     fails = [sys.executable, "-c", "raise SystemExit(3)"]
     assert (await _run(server, "lock", "nightly", "--", *fails))[0] == 3
-    code, out, err = await _run(server, "lock", "nightly")
-    assert code == 2
-    assert "-- COMMAND" in err
     code, out, err = await _run(server, "lock", "nightly", "--", str(tmp_path / "none"))
     assert code == 2
     assert "can't be run: No such file" in err
@@ -156,9 +156,6 @@ async def test_shells_count(server: TestServer) -> None:
     assert (await _run(server, "counter", "hits", "add", "--as", "b", "--", "-2"))[1] == "3\n"
     code, out, _ = await _run(server, "counter", "hits", "value", "-o", "json")
     assert json.loads(out)["writers"] == {"b": -2, "web-1": 5}
-    code, _, err = await _run(server, "counter", "hits", "less")
-    assert code == 2
-    assert "neither value nor add" in err
 
 
 async def test_a_shell_reads_a_group(server: TestServer) -> None:
@@ -180,8 +177,33 @@ async def test_a_shell_reads_a_group(server: TestServer) -> None:
         code, out, err = await _run(server, *given, "--max-age", "10s")
         assert code == 0, err
         assert "value" not in json.loads(out)
-    code, _, err = await _run(server, "leader-follower", "sums", "--read", "--as", "b")
-    assert code == 2
-    assert "give it alone" in err
-    code, _, err = await _run(server, "leader-follower", "sums", "--read", "--apply", "mean")
-    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lock", "nightly"], "-- COMMAND"),
+        (["semaphore", "gpu", "--permits", "0", "--", "true"], "permits"),
+        (["election", "boss"], "--as"),
+        (["counter", "hits", "less"], "neither value nor add"),
+        (["leader-follower", "sums", "--read", "--as", "b"], "give it alone"),
+        (["leader-follower", "sums", "--read", "--apply", "mean"], "none of sum, min, max, merge"),
+    ],
+)
+def test_wrong_commands_are_named(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is asked of a server."""
+    assert command(["run", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_help_says_what_the_commands_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """In sections; each command is in one."""
+    assert command(["run", "--help"]) == 0
+    text = capsys.readouterr().out
+    _, at_a_time, rest = text.partition("Only one, or so many, at a time:\n")
+    assert at_a_time
+    names = [line.split()[0] for line in rest.splitlines() if line.startswith("  ")]
+    assert names[:3] == ["lock", "semaphore", "election"]
+    assert set(names) == {f.__name__.replace("_", "-") for part in _SECTIONS.values() for f in part}
