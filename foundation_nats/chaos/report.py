@@ -111,7 +111,8 @@ def failover(found: Mapping[str, Any], command: str) -> str:
         ),
         "",
         f"*Not back*: no answer within {found['patience_s']:g} s. A worker that is killed is started "
-        "again by its node, which is not declared down.",
+        "again by its node, which is not declared down. *n* is smaller than what was asked for where "
+        "several attempts found no victim with agents.",
         "",
         "| fault | brokers | n | no receipt for | no answer for | agents moved |",
         "|---|--:|--:|--:|--:|--:|",
