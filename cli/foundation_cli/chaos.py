@@ -146,6 +146,11 @@ def chaos(
     if attach:
         chosen = chosen_kinds(chosen, start=start)
     number = random.randrange(1 << 32) if seed is None else seed
+    if attach and (plan_file is not None or minimise is not None):
+        raise ConfigError(
+            "A plan is run in a lab of its own, which it names.",
+            hint="Leave out --attach, or --plan-file and --minimise.",
+        )
     given = None if plan_file is None else Plan.load(plan_file)
     if given is not None:
         number = given.seed if seed is None else seed

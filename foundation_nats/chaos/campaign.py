@@ -551,17 +551,7 @@ async def minimise(
         say(f"{len(candidate)} faults: passed {repetitions} times")
         return False
 
-    whole = options.plan
-    if whole is None:
-        whole = tuple(
-            faults.plan(
-                seed,
-                options.seconds,
-                kinds=options.kinds,
-                brokers=options.brokers,
-                pause_s=options.pause_s,
-            )
-        )
+    whole = plan_of(seed, options)
     if not await fails(whole):
         raise ConfigError(
             f"The plan of seed {seed} did not fail in {repetitions} rounds.",

@@ -212,6 +212,7 @@ class _Probes:
             "run": "foundation_nats.chaos.agents:Register",
             "replicas": _AGENTS,
             "critical": True,
+            "placement": {"strategy": "spread"},
         }
         eye = self._lab.eye
         await eye.deployments.apply(manifest_text([entry]))

@@ -93,6 +93,10 @@ def test_faults_and_workloads_are_listed() -> None:
     [
         (("--fault", "node.kil"), "node.kil"),
         (("--workload", "banks"), "There is no workload banks"),
+        (("--attach", "--minimise", "3"), "a lab of its own"),
+        (("--attach", "--workload", "steps"), "would leave traces"),
+        (("--rejudge", "/nowhere"), "holds no kept round"),
+        (("--plan-file", "/nowhere.json"), "can't be read"),
         (("--fault", "broker.roll"), "so few brokers"),
         (("--attach", "--fault", "clock.jump"), "clock.jump: not possible"),
         (("--seed", "1", "--edition", "9"), "no edition 9"),
