@@ -80,7 +80,8 @@ def show(shared: Shared, domain: _Domain) -> None:
 
     async def main() -> dict[str, Any]:
         async with connected(shared) as cluster:
-            return (await cluster.consensus.show(domain)).model_dump(mode="json")
+            found = (await cluster.consensus.show(domain)).model_dump(mode="json")
+            return {**found, "hosts": await cluster.consensus.hosts(domain)}
 
     found = run(main)
     if render.document(shared, found):
@@ -94,6 +95,10 @@ def show(shared: Shared, domain: _Domain) -> None:
             ("entries", f"{found['entries']}, {found['stored']} of them in the log"),
             ("replicas", found["replicas"]),
             ("bytes", found["bytes"]),
+            (
+                "followed by",
+                ", ".join(f"{node} at {at}" for node, at in sorted(found["hosts"].items())) or None,
+            ),
             ("last", f"{_operation(last)}, {render.age(last['at'])}" if last else None),
             (
                 "snapshot",

@@ -35,7 +35,7 @@ def _find_modules_here() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
 
 
-def _check_found(modules: list[str]) -> None:
+def _check_found(modules: list[str], option: str = "--import") -> None:
     """Refuse a module that is nowhere now, rather than by workers that die of it again and again.
 
     Nothing is imported: this process runs no agent code.
@@ -46,7 +46,7 @@ def _check_found(modules: list[str]) -> None:
         if find_spec(module.partition(".")[0]) is None:
             raise typer.BadParameter(
                 f"there is no module {module!r} in {os.getcwd()} or on PYTHONPATH.",
-                param_hint="--import",
+                param_hint=option,
             )
 
 
@@ -64,6 +64,13 @@ def start(
     imports: Annotated[
         list[str] | None,
         typer.Option("--import", metavar="MODULE", help="Import at start; may be repeated."),
+    ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:CLASS",
+            help="Follow this replicated domain from the start on; may be repeated.",
+        ),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")
@@ -94,6 +101,13 @@ def start(
 
     _find_modules_here()
     _check_found(imports or [])
+    for wanted in domain or []:
+        module, colon, kind = wanted.partition(":")
+        if not (module and colon and kind):
+            raise typer.BadParameter(
+                f"{wanted!r} is not of the form 'module:Class'.", param_hint="--domain"
+            )
+        _check_found([module], "--domain")
 
     from foundation_nats.node.spawning import spawn, worker_count
 
@@ -109,6 +123,7 @@ def start(
         name=name,
         workers=workers,
         imports=tuple(imports or ()),
+        domains=tuple(domain or ()),
         labels=labels,
         capabilities=tuple(capability or ()),
         capacity=capacities,

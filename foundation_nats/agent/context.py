@@ -19,6 +19,7 @@ from foundation_nats.agent.family import Child, Supervision
 from foundation_nats.agent.family import children as children_of
 from foundation_nats.agent.guards import Bulkhead, Guard, Guards, Limiter, retrying
 from foundation_nats.agent.offload import Offload
+from foundation_nats.agent.replicated import AgentConsensus
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.steps import (
     Doubt,
@@ -43,6 +44,7 @@ if typing.TYPE_CHECKING:
     from foundation_nats.agent.sensors.sensor import Sensor
     from foundation_nats.bus.connection import Bus
     from foundation_nats.bus.subjects import Subjects
+    from foundation_nats.consensus.replicas import Replicas
 
 R = TypeVar("R")
 _NO_FAMILY = FamilyRecord()
@@ -87,6 +89,7 @@ class Context:
 
     __slots__ = (
         "_agent",
+        "_consensus",
         "_emissions",
         "_family",
         "_family_kept",
@@ -129,6 +132,7 @@ class Context:
         self._runs: dict[str, int] | None = None
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
+        self._consensus: Replicas | None = None
         self._guards: Guards | None = None
         self._offload: Offload | None = None
         self._home: StepHome | None = None
@@ -158,6 +162,20 @@ class Context:
         """Randomness that repeats at every retry of the signal in hand."""
         cause = self.signal.id if self.signal is not None else f"start-{self.epoch}"
         return random.Random(f"{self.agent_id}.{cause}")
+
+    @property
+    def consensus(self) -> AgentConsensus:
+        """The cluster's replicated domains; `propose` takes effect once for the signal in hand.
+
+        Raises:
+            ConfigError: there is no cluster, as in a plain test.
+        """
+        if self._consensus is None:
+            raise ConfigError(
+                "There are no replicated domains here: this agent runs without a cluster.",
+                hint="Use a TestCluster for what proposes.",
+            )
+        return AgentConsensus(self, self._consensus)
 
     async def once(
         self,

@@ -42,6 +42,7 @@ from foundation_nats.agent.outbox import (
 from foundation_nats.agent.past import Past
 from foundation_nats.agent.pool import RunnerPool
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
+from foundation_nats.agent.replicated import follow
 from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
 from foundation_nats.agent.state import dump_state, first_state, load_state
 from foundation_nats.agent.steps import StepLedger
@@ -62,6 +63,7 @@ from foundation_nats.bus.streams import (
 )
 from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED
 from foundation_nats.bus.wire import Message
+from foundation_nats.consensus.replicas import Replicas
 from foundation_nats.errors import (
     BusError,
     BusTimeoutError,
@@ -144,6 +146,7 @@ class Runtime:
             processes_max=config.worker.processes_max,
             box=host.blackbox,
         )
+        self._replicas = Replicas(host.bus, host.subjects, config.replicas)
         self._nursery = WishingNursery(host.bus, host.subjects, self.is_valid, describe)
         self._activations: dict[str, Activation] = {}
         self._looks = Looks()
@@ -169,6 +172,9 @@ class Runtime:
         host.scope.start(self._sweep_loop(config.mailbox.sweep_every_s), "sweep")
         host.scope.start(self._clear_loop(), "clear")
         host.scope.start(self._offload.until_closed(), "offload")
+        host.scope.start(self._replicas.until_closed(), "domains")
+        if host.domains:
+            host.scope.start(follow(self._replicas, host.domains, self.log), "follow")
         self.bus.on_disconnect(self._uncheck)
         self.bus.on_reconnect(self._disturbed)
         self.bus.subscribe(STREAM_LEADER_ELECTED, self._on_advisory)
@@ -272,6 +278,10 @@ class Runtime:
     def fingerprint(self) -> int:
         """Changes whenever `running` does; one that holds the same shows the same."""
         return self._fingerprint
+
+    def domains(self) -> dict[str, int]:
+        """Domain to the revision up to which it is applied here."""
+        return dict(self._replicas.revisions())
 
     def backlog(self) -> int:
         """Signals received and not yet handled."""
@@ -436,6 +446,7 @@ class Runtime:
             record.id, config=record.spec.config or None, node=self.node, epoch=record.epoch
         )
         agent.ctx._agent = agent
+        agent.ctx._consensus = self._replicas
         agent.ctx._guards = self._guards
         agent.ctx._offload = self._offload
         agent.ctx.bus, agent.ctx.subjects = self.bus, self.subjects

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from foundation_nats.bus.rpc import decode
+from foundation_nats.bus.rpc import call, decode
 from foundation_nats.bus.streams import StoredMessage, api
-from foundation_nats.consensus.domain import Domain, Proposal, ProposalStatus, check_id
 from foundation_nats.consensus.log import PAGE, Log
-from foundation_nats.consensus.replica import Replica
+from foundation_nats.consensus.replicas import Replicas
 from foundation_nats.errors import (
-    ConfigError,
     DecodeError,
     DomainNotFoundError,
+    FoundationError,
     NotFoundError,
 )
-from foundation_schemas import DomainEntry
+from foundation_schemas import DomainEntry, InspectReply
 from foundation_schemas.base import WireModel, is_name
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
 
-S = TypeVar("S", bound=BaseModel)
-O = TypeVar("O")  # noqa: E741  state and operation, see consensus/domain.py
-
-_IDS_MAX = 1024
+_INSPECT_S = 3.0
 
 
 class LogEntry(WireModel):
@@ -64,7 +57,7 @@ class DomainInfo(WireModel):
     last: LogEntry | None = None
 
 
-class Consensus:
+class Consensus(Replicas):
     """The replicated domains of a cluster.
 
     A domain is opened when it is first used, and followed until the cluster is closed.
@@ -75,126 +68,8 @@ class Consensus:
     """
 
     def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster.bus, cluster.subjects, cluster.config.replicas)
         self._cluster = cluster
-        self._replicas: dict[str, tuple[type, Replica[Any, Any]]] = {}
-        self._opening = asyncio.Lock()
-        self._homes: OrderedDict[str, str] = OrderedDict()
-        """In which domain a proposal of ours is, by its id."""
-
-    async def open(
-        self, domain: Domain[S, O] | type[Domain[S, O]], *, timeout: float = 10.0
-    ) -> Replica[S, O]:
-        """This process's replica of *domain*, up to date when this returns.
-
-        Raises:
-            ConfigError: the declaration is wrong, or another one has its name.
-            DomainError: the log is damaged, or of a newer version than this code.
-            BusTimeoutError, BusUnavailableError: not read within *timeout*.
-        """
-        declared = domain() if isinstance(domain, type) else domain
-        async with self._opening:
-            found = self._replicas.get(declared.name)
-            if found is not None:
-                if found[0] is not type(declared):
-                    raise ConfigError(
-                        f"The domain name {declared.name} is that of {found[0].__qualname__} "
-                        f"already, and {type(declared).__qualname__} declares it too."
-                    )
-                return found[1]
-            cluster = self._cluster
-            replica = Replica(
-                cluster.bus, cluster.subjects, declared, replicas=cluster.config.replicas
-            )
-            await replica.open(timeout=timeout)
-            self._replicas[declared.name] = (type(declared), replica)
-            return replica
-
-    async def propose(
-        self,
-        domain: Domain[S, O] | type[Domain[S, O]],
-        operation: Any,
-        *,
-        id: str | None = None,
-        timeout: float = 5.0,
-    ) -> Proposal:
-        """Have *operation* accepted by the domain, or refused by its validator.
-
-        *operation* is one of the domain's models, or a dict that fits one. The result
-        is accepted with its revision, rejected with the reason, or unknown: ask
-        `status` with its id, or propose it again with the same *id*, which takes
-        effect once.
-
-        Raises:
-            PayloadInvalidError: *operation* fits none of the domain's models.
-            BusUnavailableError, DomainBusyError: not accepted within *timeout*, for certain.
-            DomainFullError, PayloadTooLargeError, PermissionDeniedError: not accepted.
-            ConfigError, DomainError: as in `open`.
-        """
-        replica = await self.open(domain, timeout=timeout)
-        found = await replica.propose(operation, id=id, timeout=timeout)
-        self._homes[found.id] = replica.name
-        while len(self._homes) > _IDS_MAX:
-            self._homes.popitem(last=False)
-        return found
-
-    async def status(
-        self,
-        id: str,
-        domain: Domain[S, O] | type[Domain[S, O]] | None = None,
-        *,
-        timeout: float = 5.0,
-    ) -> Proposal:
-        """What became of a proposal: accepted, rejected, or not found as of a revision.
-
-        *domain* may be left out for a proposal of this client, and is then looked for
-        in the domains that it has open.
-
-        Raises:
-            ConfigError: *id* is no id, or no domain is named or open.
-            BusTimeoutError, BusUnavailableError: not certain within *timeout*.
-        """
-        check_id(id)
-        if domain is not None:
-            return await (await self.open(domain)).status(id, timeout=timeout)
-        home = self._homes.get(id)
-        asked = [replica for name, (_, replica) in self._replicas.items() if home in (None, name)]
-        if not asked:
-            raise ConfigError(f"Say which domain proposal {id} is of: none is open here.")
-        for replica in asked:
-            found = await replica.status(id, timeout=timeout)
-            if found.status is not ProposalStatus.NOT_FOUND:
-                return found
-        return found
-
-    async def read(
-        self,
-        domain: Domain[S, O] | type[Domain[S, O]],
-        *,
-        timeout: float = 5.0,
-        barrier: bool = False,
-    ) -> S:
-        """The state, with everything accepted before this call; see `Replica.read`.
-
-        Raises:
-            BusTimeoutError, BusUnavailableError: not certain within *timeout*.
-            ConfigError, DomainError: as in `open`.
-        """
-        replica = await self.open(domain, timeout=timeout)
-        return await replica.read(timeout=timeout, barrier=barrier)
-
-    async def view(self, domain: Domain[S, O] | type[Domain[S, O]]) -> S:
-        """The state as this process knows it: at least with its own accepted proposals.
-
-        Raises:
-            ConfigError, DomainError: as in `open`.
-        """
-        return (await self.open(domain)).view
-
-    async def close(self) -> None:
-        """Follow no domain any more. Idempotent."""
-        replicas, self._replicas = self._replicas, {}
-        for _, replica in replicas.values():
-            await replica.close()
 
     # ---- for people ---------------------------------------------------------------
 
@@ -256,6 +131,32 @@ class Consensus:
             state=snapshot.state if snapshot is not None else None,
             last=_log_entry(last) if last is not None else None,
         )
+
+    async def hosts(self, name: str) -> dict[str, int]:
+        """Node to the revision up to which it has applied the domain *name*.
+
+        Nodes that follow it: those started with ``--domain``, and those on which an agent has
+        used it. Each is asked; one that does not answer is missing.
+        """
+        nodes = [node.name for node in await self._cluster.nodes.list() if node.status != "down"]
+        replies = await asyncio.gather(*map(self._inspect, nodes))
+        found: dict[str, int] = {}
+        for node, reply in zip(nodes, replies, strict=True):
+            for details in reply.values():
+                domains = details.get("domains", {}) if isinstance(details, dict) else {}
+                if name in domains:
+                    found[node] = max(found.get(node, 0), int(domains[name]))
+        return found
+
+    async def _inspect(self, node: str) -> dict[str, Any]:
+        cluster = self._cluster
+        subject = cluster.subjects.control_node(node, "inspect")
+        try:
+            return (
+                await call(cluster.bus, subject, None, InspectReply, timeout=_INSPECT_S)
+            ).details
+        except FoundationError:
+            return {}
 
     async def log(self, name: str, *, limit: int = 100) -> builtins.list[LogEntry]:
         """The newest *limit* entries that are still in the log, oldest first.

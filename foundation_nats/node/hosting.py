@@ -39,6 +39,8 @@ class HostContext:
     validity: Validity
     scope: TaskScope
     blackbox: BlackBox
+    domains: Sequence[str]
+    """``module:Class`` of replicated domains that this worker follows from its start on."""
     report: Callable[[AgentReport], None]
     """Tell the manager what became of an agent; repeated until it is acknowledged."""
 
@@ -72,6 +74,9 @@ class Workload(Protocol):
 
     def fingerprint(self) -> int:
         """`mark` of every activation in memory, by exclusive or."""
+
+    def domains(self) -> dict[str, int]:
+        """Replicated domain to the revision up to which it is applied in this process."""
 
     def backlog(self) -> int:
         """Signals received and not yet handled."""

@@ -106,6 +106,8 @@ class NodeOptions:
     """Worker processes; None: one per core."""
     imports: tuple[str, ...] = ()
     """Modules that every worker imports at its start."""
+    domains: tuple[str, ...] = ()
+    """``module:Class`` of replicated domains that the node follows, used or not."""
     labels: Mapping[str, str] = field(default_factory=dict)
     capabilities: tuple[str, ...] = ()
     """What the node offers to agents that require it."""
@@ -320,6 +322,8 @@ class NodeManager:
                 worker=worker,
                 config=self._config,
                 imports=list(self._options.imports),
+                # One replica a node is enough to follow: agents of other workers have their own.
+                domains=list(self._options.domains) if worker == self._worker_ids[0] else [],
                 log_level=self._options.log_level,
                 log_json=self._options.log_json,
             )

@@ -64,6 +64,7 @@ class WorkerOrders(BaseModel):
     worker: str
     config: Config
     imports: list[str] = []
+    domains: list[str] = []
     log_level: str = "info"
     log_json: bool = False
 
@@ -107,6 +108,7 @@ class Worker:
                 validity=self._validity,
                 scope=self._scope,
                 blackbox=self._box,
+                domains=orders.domains,
                 report=self._report,
             )
         )
@@ -189,6 +191,7 @@ class Worker:
                 "lag_s": round(self._lag_s, 4),
                 "blocked": 0 if self._watchdog is None else self._watchdog.incidents,
                 "tasks": len(asyncio.all_tasks()),
+                "domains": self._workload.domains(),
             },
         )
 
