@@ -85,6 +85,7 @@ from foundation_nats.errors import (
     StateTooLargeError,
     StepInDoubtError,
     StepTooLargeError,
+    TransitionError,
     UnhandledSignalError,
 )
 from foundation_nats.node.blackbox import STARTING
@@ -100,7 +101,7 @@ HIBERNATED = "hibernated"
 """The reason of the `on_stop` before it sleeps, and of `recovered_from` when it wakes."""
 _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
-_HOPELESS = (BudgetError, PlanFailedError, StepInDoubtError, StepTooLargeError)
+_HOPELESS = (BudgetError, PlanFailedError, StepInDoubtError, StepTooLargeError, TransitionError)
 """To try again would end the same way."""
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""

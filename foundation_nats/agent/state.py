@@ -113,7 +113,12 @@ def _parts(schema: Any) -> Iterator[dict[str, Any]]:
 
 def _demands(schema: dict[str, Any]) -> bool:
     kind = schema["type"]
-    return kind.startswith("function-") or any(schema.get(key) is not None for key in _LOOSE)
+    # A literal is not compared when it is written.
+    return (
+        kind == "literal"
+        or kind.startswith("function-")
+        or any(schema.get(key) is not None for key in _LOOSE)
+    )
 
 
 def dump_state(state: BaseModel) -> bytes:

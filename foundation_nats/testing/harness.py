@@ -48,6 +48,7 @@ from foundation_nats.errors import (
     PlanFailedError,
     StepInDoubtError,
     StepTooLargeError,
+    TransitionError,
     UnhandledSignalError,
 )
 from foundation_nats.signaling.schedules import Timer
@@ -471,6 +472,7 @@ class AgentHarness(Generic[A]):
                 PlanFailedError,
                 StepInDoubtError,
                 StepTooLargeError,
+                TransitionError,
             ) as found:
                 error = found
                 break
