@@ -5,6 +5,7 @@ Each runs until SIGTERM or Ctrl-C, and ends with code 0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ TOKEN = "FOUNDATION_GATEWAY_TOKEN"  # noqa: S105 - the name of a variable
 """What requests over HTTP must bring, if it is set."""
 PATIENCE_S = 30.0
 ANSWER_S = 300.0
+KEEP_S = 86400.0
 _HELP = "Gateways: agents for clients that speak other protocols."
 
 Only = Annotated[
@@ -123,6 +125,72 @@ def nats_agents(
     run(main)
 
 
+@with_shared
+def a2a(
+    shared: Shared,
+    only: Only = None,
+    http: Annotated[
+        str, typer.Option(metavar="[HOST:]PORT", help="Where to listen; port 0: any that is free.")
+    ] = "127.0.0.1:8088",
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where others reach it, for the agent cards."),
+    ] = None,
+    patience: Patience = None,
+    answer_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--answer-timeout",
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long a request waits for its task, which goes on (5m).",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=values.duration,
+            help="How long a task that is over is kept (24h).",
+        ),
+    ] = None,
+) -> None:
+    """Serve agents by A2A 1.0: agent cards, and JSON-RPC over HTTP.
+
+    Tasks are kept in the cluster: they outlive this process.
+
+    Example: foundation gateway a2a deployment:chat --http 0.0.0.0:8088 --url https://agents.example.org
+    """
+
+    async def main() -> None:
+        from foundation_nats.gateways.a2a import CARD, A2AGateway
+        from foundation_nats.gateways.web import Web, read_address
+
+        async with connected(shared) as cluster:
+            gateway = A2AGateway(
+                cluster,
+                only=only or (),
+                patience_s=PATIENCE_S if patience is None else patience,
+                answer_s=ANSWER_S if answer_timeout is None else answer_timeout,
+                keep_s=KEEP_S if keep is None else keep,
+            )
+            web = Web(gateway.app(), read_address(http), token=os.environ.get(TOKEN) or None)
+
+            async def begin() -> str:
+                await web.open()
+                gateway.url = (url or web.url).rstrip("/")
+                await gateway.open()
+                return f"Serving A2A at {gateway.url} ({CARD}); Ctrl-C ends it."
+
+            async def end() -> None:
+                await gateway.close()
+                await web.close()
+
+            await serve_until_told(cluster, begin, end)
+
+    run(main)
+
+
 def register(app: typer.Typer) -> None:
     """Add the group to *app*."""
     group = typer.Typer(
@@ -133,4 +201,5 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode=None,
     )
     group.command(name="nats-agents")(nats_agents)
+    group.command(name="a2a")(a2a)
     app.add_typer(group)

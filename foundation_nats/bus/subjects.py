@@ -140,6 +140,11 @@ class Subjects:
         digest = blake2b(path.encode(), digest_size=12).hexdigest()
         return f"fnd.{self.cluster}.web.{port}.{digest}"
 
+    # fnd.C.gateway.<id>
+    def gateway(self, id: str) -> str:
+        """Ask whether a gateway process lives."""
+        return f"fnd.{self.cluster}.gateway.{id}"
+
     # fnd.C.event.<topic>.<what>
     def event(self, topic: str, what: str) -> str:
         """Where an event is published; stored in EVENTS."""

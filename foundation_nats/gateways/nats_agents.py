@@ -336,7 +336,7 @@ class NatsAgents:
         id = token_hex(12)
         box = f"prompt-{id}"
         try:
-            for reply in await self._prompter.ask_stored(agent, id, prompt, box=box):
+            for reply in await self._prompter.ask_stored(agent, id, prompt, box=box) or ():
                 yield reply
         finally:
             # The asker's inbox is all that knows of it: nobody comes back for the answer.

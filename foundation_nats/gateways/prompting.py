@@ -39,7 +39,8 @@ _PROBE_S = 1.0
 _NOTHING = b'{"sequences":[]}'
 _LOOK_S = 1.0
 """Between two looks for an answer that nobody has announced."""
-_STILL = (AgentStatus.FAILED, AgentStatus.STOPPED)
+_STILL_S = 5.0
+_HOPELESS = (AgentStatus.FAILED, AgentStatus.STOPPED)
 """What an agent does not come back from by itself, or not soon."""
 _STORE_S = 15.0
 
@@ -123,14 +124,17 @@ class Prompter:
         box: str,
         since: float | None = None,
         still: Callable[[], Awaitable[bool]] | None = None,
-    ) -> list[Reply]:
+        answer_s: float | None = None,
+    ) -> list[Reply] | None:
         """The whole answer to a prompt that is handled once, however often it is asked under *id*.
 
         The answer stays in the *box* until `forget`. To cancel this leaves the prompt where it is.
 
         Args:
             since: when it may have been asked first, as seconds since the epoch; None: never yet.
-            still: see `Desk.ask`.
+            still: whether the answer is not recorded elsewhere already; asked now and then, and by
+                `Desk.ask`. Once it is, None is returned.
+            answer_s: instead of the prompter's own.
 
         Raises:
             AgentNotFoundError: there is no such agent.
@@ -140,7 +144,9 @@ class Prompter:
         """
         now = wall_ms() / 1000
         wake = asyncio.Event()
-        ends = monotonic() + self.answer_s
+        limit = self.answer_s if answer_s is None else answer_s
+        ends = monotonic() + limit
+        looked = monotonic()
         async with Desk(self.cluster, box, wake) as desk:
             await self.cluster.bus.flush()
             stored_by = min(ends, monotonic() + _STORE_S)
@@ -161,10 +167,14 @@ class Prompter:
                 found = (await desk.answers(ends)).get(id)
                 if found is not None:
                     return _replies(found)
+                if still is not None and monotonic() - looked >= _STILL_S:
+                    looked = monotonic()
+                    if not await still():
+                        return None
                 left = ends - monotonic()
                 if left <= 0:
                     raise AskTimeoutError(
-                        f"{agent} has not answered within {self.answer_s:g} s.",
+                        f"{agent} has not answered within {limit:g} s.",
                         hint="The prompt is stored: it will be handled once.",
                         agent=agent,
                     )
@@ -188,7 +198,7 @@ class _Patience:
 
     def is_over(self, error: FoundationError) -> bool:
         """Whether there is no time left, or no hope."""
-        return error.details.get("status") in _STILL or monotonic() + self._pause >= self._ends
+        return error.details.get("status") in _HOPELESS or monotonic() + self._pause >= self._ends
 
     async def wait(self) -> None:
         await asyncio.sleep(self._pause)

@@ -22,7 +22,8 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 """An ASGI application."""
 
 _START_S = 10.0
-_UNAUTHORIZED = b'{"error":"unauthorized"}'
+BODY_MAX = 4 * 1024 * 1024
+"""Bytes of a request's body."""
 
 
 def missing(extra: str, error: ImportError) -> ConfigError:
@@ -71,7 +72,7 @@ class Web:
                 f"{address[0]} is reachable from other machines: that needs a token.",
                 hint="Set FOUNDATION_GATEWAY_TOKEN, or listen on 127.0.0.1.",
             )
-        self._app = app if token is None else _guarded(app, token)
+        self._app = _guarded(app, token)
         self._host, self._port = address
         self._server: Any = None
         self._scope: TaskScope | None = None
@@ -117,24 +118,32 @@ class Web:
             await self._scope.close()
 
 
-def _guarded(app: App, token: str) -> App:
-    wanted = f"Bearer {token}".encode()
+def _guarded(app: App, token: str | None) -> App:
+    wanted = None if token is None else f"Bearer {token}".encode()
 
     async def guarded(scope: Parts, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, wanted):
-                headers = [
-                    (b"content-type", b"application/json"),
-                    (b"www-authenticate", b"Bearer"),
-                    (b"connection", b"close"),
-                ]
-                await send({"type": "http.response.start", "status": 401, "headers": headers})
-                await send({"type": "http.response.body", "body": _UNAUTHORIZED})
+            headers = dict(scope["headers"])
+            given = headers.get(b"authorization", b"")
+            if wanted is not None and not hmac.compare_digest(given, wanted):
+                await _refuse(send, 401, b"unauthorized", (b"www-authenticate", b"Bearer"))
+                return
+            length = headers.get(b"content-length", b"")
+            if b"transfer-encoding" in headers and not length:
+                await _refuse(send, 411, b"say how long the body is")
+                return
+            if length.isdigit() and int(length) > BODY_MAX:
+                await _refuse(send, 413, b"the body is too large")
                 return
         await app(scope, receive, send)
 
     return guarded
+
+
+async def _refuse(send: Any, status: int, why: bytes, *more: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"error":"%b"}' % why})
 
 
 def _uvicorn(app: Any) -> Any:

@@ -32,6 +32,10 @@ class Guide(Agent):
             if word == "die-once" and signal.attempt == 1 and not os.path.exists(words[-1]):
                 open(words[-1], "w").close()
                 os._exit(9)
+            while word == "hold" and not os.path.exists(words[-1]):
+                await asyncio.sleep(0.01)
+            if word == "big":
+                yield "x" * 600_000
             if word == "wait":
                 await asyncio.sleep(3600)
             yield f"{len(self.state.said)}:{word}"
