@@ -18,6 +18,7 @@ import typer
 from foundation_cli import (
     chaos,
     consensus,
+    dashboard,
     dead,
     deploy,
     discovery,
@@ -84,6 +85,7 @@ for _module in (
     moves,
     status,
     top,
+    dashboard,
     topology,
     resources,
     signal,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from foundation_cli import top
+from foundation_nats.api.dashboard import is_loopback, serving
 from foundation_nats.api.pulse import Pulses
-from foundation_nats.testing import eventually
+from foundation_nats.testing import TestCluster, eventually
 from tests.cli.test_cli_nodes import running
+from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
 
@@ -90,3 +94,90 @@ async def test_history_and_replay_show_what_was_and_what_came_of_it(tmp_path: Pa
         found = json.loads(out)
         assert (found["asides"], found["exact"]) == (1, False)
         assert found["state"]["total"] == 6
+
+
+async def test_the_dashboard_shows_and_can_do_nothing(tmp_path: Path) -> None:
+    """The page, its JSON, a live stream; other methods, names and hidden data."""
+    async with TestCluster(nodes=1, path=[str(AGENTS)]) as cluster:
+        client = cluster.client
+        await client.agents.start("fleet:Counter", id="visits")
+        async with (
+            serving(client, port=0, hide_data=True) as url,
+            httpx.AsyncClient(base_url=url, timeout=10) as browser,
+        ):
+            page = await browser.get("/")
+            assert page.status_code == 200
+            nonce = (
+                page.headers["content-security-policy"].partition("'nonce-")[2].partition("'")[0]
+            )
+            assert len(nonce) >= 16
+            assert f'<script nonce="{nonce}">' in page.text
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+            assert "@NONCE@" not in page.text
+            assert (await browser.get("/")).headers["content-security-policy"] != (
+                page.headers["content-security-policy"]
+            )
+            pulse = (await browser.get("/api/pulse")).json()
+            assert pulse["nodes"][0]["name"] == "n1"
+            assert pulse["agents"]["running"] == 1
+            for path, text in (
+                ("/api/agents?text=VIS&status=running", '"visits"'),
+                ("/api/topology", '"n1"'),
+                ("/api/why?name=visits", "runs on n1"),
+            ):
+                answer = await browser.get(path)
+                assert answer.status_code == 200, answer.text
+                assert text in answer.text
+            assert (await browser.get("/api/agents?text=nobody")).json()["total"] == 0
+            for path, status in (
+                ("/api/agent?id=nobody", 404),
+                ("/api/agent", 400),
+                ("/api/live?where=((", 400),
+                ("/etc/passwd", 404),
+            ):
+                assert (await browser.get(path)).status_code == status, path
+            assert (await browser.post("/api/pulse")).status_code == 405
+            for name in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""):
+                answer = await browser.get("/api/pulse", headers={"host": name})
+                assert answer.status_code == 421, name
+            async with browser.stream("GET", "/api/live?agent=visits") as stream:
+                lines = stream.aiter_lines()
+                assert await anext(lines) == "event: ready"
+                receipt = await client.send("visits", "counter.add", {"amount": 4711})
+                async for line in lines:
+                    if line.startswith("data: ") and "counter.add" in line:
+                        (item,) = json.loads(line[6:])["items"]
+                        break
+            assert (item["kind"], item["agent"], item["data"]) == ("signal", "visits", "(hidden)")
+
+            async def handled() -> dict[str, Any] | None:
+                found: dict[str, Any] = (await browser.get("/api/agent?id=visits")).json()
+                stored = found["stored"] or {"cursor": 0}
+                return found if stored["cursor"] >= receipt.sequence else None
+
+            found = await eventually(handled, timeout=10, message="it is handled")
+            assert found is not None
+            assert found["history"]["signals"][-1]["sequence"] == receipt.sequence
+            assert "4711" not in json.dumps(found)
+            # A stream that is still open does not keep the server from ending.
+            late = browser.stream("GET", "/api/live")
+            await late.__aenter__()
+        await late.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.evil.example", False),
+        ("192.168.0.1", False),
+        ("", False),
+    ],
+)
+def test_what_counts_as_this_machine(host: str, is_local: bool) -> None:
+    assert is_loopback(host) is is_local
