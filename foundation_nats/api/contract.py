@@ -58,6 +58,7 @@ _PARAMETERS = {
     "agent": "Id of the agent.",
     "node": "Name of the node.",
     "worker": "Id of the worker process.",
+    "gateway": "Id of the gateway process.",
     "name": "Name of what is addressed.",
     "kind": "`capability`, `any`, `deployment` or `topic`; `label` and `everyone` have no name.",
     "owner": "Agent that owns the timer, or `~client`.",
@@ -327,6 +328,15 @@ def channels() -> list[Channel]:
             _ANY,
             "party",
             received=None,
+        ),
+        Channel(
+            "gateway",
+            s.gateway("{gateway}"),
+            "Whether a process of the A2A gateway lives.",
+            _ANY,
+            "nothing",
+            received=None,
+            reply=_ANY,
         ),
         Channel(
             "queue",

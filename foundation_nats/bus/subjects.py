@@ -141,9 +141,9 @@ class Subjects:
         return f"fnd.{self.cluster}.web.{port}.{digest}"
 
     # fnd.C.gateway.<id>
-    def gateway(self, id: str) -> str:
+    def gateway(self, gateway: str) -> str:
         """Ask whether a gateway process lives."""
-        return f"fnd.{self.cluster}.gateway.{id}"
+        return f"fnd.{self.cluster}.gateway.{gateway}"
 
     # fnd.C.event.<topic>.<what>
     def event(self, topic: str, what: str) -> str:
