@@ -31,13 +31,14 @@ from foundation_nats.api.taps import Taps
 from foundation_nats.api.topology import take_topology
 from foundation_nats.api.watching import NodeChanges
 from foundation_nats.api.why import explain
+from foundation_nats.base import telemetry
 from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.base.tasks import TaskScope
-from foundation_nats.bus import assets
+from foundation_nats.bus import assets, rpc
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.rpc import read_reply, to_json
 from foundation_nats.bus.subjects import Subjects
-from foundation_nats.bus.wire import Message
+from foundation_nats.bus.wire import Message, Route
 from foundation_nats.cluster.events import Events as ClusterEvents
 from foundation_nats.cluster.registry import Registry
 from foundation_nats.cluster.topology import Topology
@@ -51,13 +52,14 @@ from foundation_nats.errors import (
     BusError,
     BusTimeoutError,
     ConfigError,
+    DecodeError,
     NoRespondersError,
 )
 from foundation_nats.observe.why import Story
 from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.signaling.publisher import Publisher
 from foundation_nats.signaling.schedules import deadline_text
-from foundation_schemas import AgentStatus, LeaseRecord, Receipt, Target, TargetKind
+from foundation_schemas import AgentStatus, ClusterEvent, LeaseRecord, Receipt, Target, TargetKind
 from foundation_schemas.signal import check_attempts
 
 _ASK_AGAIN_S = 0.05
@@ -86,6 +88,7 @@ class Cluster:
         self._registry: Registry | None = None
         self._desired_state: Desired | None = None
         self._changes: NodeChanges | None = None
+        self._failovers: Route | None = None
         self._events = ClusterEvents(bus, self.subjects, f"client:{name}")
         self.client_name = name
         self._opening = asyncio.Lock()
@@ -137,6 +140,9 @@ class Cluster:
         """End the connection. Idempotent."""
         if self._changes is not None:
             self._changes.close()
+        if self._failovers is not None:
+            self.bus.unsubscribe(self._failovers)
+            self._failovers = None
         await self.consensus.close()
         if self._scope is not None:
             await self._scope.close()
@@ -543,6 +549,39 @@ class Cluster:
 
     def _emit(self, topic: str, what: str, message: str, **data: Any) -> None:
         self._events.emit(topic, what, message, **data)
+
+    async def telemetry(self) -> None:
+        """Have this client tell `foundation_nats.base.telemetry` what happens to the cluster.
+
+        From now on and until it is closed it listens to nodes, to the registry and to failovers,
+        and executes the platform's telemetry events in this process: attach before. Nodes that
+        are there now connect, agents that are there are not told. Calling it again does nothing.
+        A program that runs a `Node` itself is told by that, and would be told twice.
+
+        Example:
+            >>> telemetry.attach("metrics", telemetry.EVENTS, count)
+            >>> await cluster.telemetry()
+
+        Raises:
+            BusTimeoutError, BusUnavailableError: nodes or registry could not be read.
+        """
+        if self._failovers is None:
+            subject = self.subjects.event("agent", "failed_over")
+            self._failovers = self.bus.subscribe(subject, self._on_failed_over)
+        await self._open_changes()
+        await self._open_registry()
+
+    def _on_failed_over(self, message: Message) -> None:
+        try:
+            data = rpc.decode(ClusterEvent, message.data).data
+        except DecodeError:
+            return
+        took = data.get("ms")
+        telemetry.execute(
+            telemetry.FAILOVER_COMPLETED,
+            {"agents": data.get("count", 0), **({} if took is None else {"ms": took})},
+            {"node": data.get("node"), "to": data.get("to", {}), "observer": self.client_name},
+        )
 
     async def _open_scope(self) -> TaskScope:
         if self._scope is None:

@@ -35,9 +35,11 @@ from typing import Any
 
 import orjson
 
+from foundation_nats.base import telemetry
 from foundation_nats.base.clock import monotonic, utc_text, wall_ms
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
+from foundation_nats.base.telemetry import NODE_CONNECTED, NODE_DISCONNECTED
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.kv import Bucket, Entry
 from foundation_nats.bus.rpc import REPLY_PREFIX, call, decode, encode, read_reply, serve
@@ -154,6 +156,8 @@ class Membership:
         self._opinions: dict[str, int] = {}
         """Node to the incarnation that is over (in `_down`) by our own verdict alone."""
         self._views: dict[str, NodeView] = {}
+        self._connected: dict[str, NodeView] = {}
+        """The other nodes that telemetry takes to be connected."""
         self._hearing = Hearing(config.suspect_after_s)
         self._partitions = PartitionWatch(config.suspect_after_s)
         self._revision = 0
@@ -900,8 +904,42 @@ class Membership:
 
     def _notify(self) -> None:
         self._revision += 1
+        self._note_connections()
         for listener in self._listeners:
             listener()
+
+    def _note_connections(self) -> None:
+        """Tell telemetry which lives of other nodes have come and gone; silence is neither."""
+        now = {
+            name: view
+            for name, view in self._views.items()
+            if name != self.node
+            and view.is_alive
+            and (view.status is not NodeStatus.SUSPECT or name in self._connected)
+        }
+        before, self._connected = self._connected, now
+        if not (telemetry.is_attached(NODE_CONNECTED) or telemetry.is_attached(NODE_DISCONNECTED)):
+            return
+        for name, view in before.items():
+            if name not in now or now[name].incarnation != view.incarnation:
+                self._measure(NODE_DISCONNECTED, view, len(now))
+        for name, view in now.items():
+            if name not in before or before[name].incarnation != view.incarnation:
+                self._measure(NODE_CONNECTED, view, len(now))
+
+    def _measure(self, event: str, view: NodeView, nodes: int) -> None:
+        record = view.record
+        telemetry.execute(
+            event,
+            {"nodes": nodes},
+            {
+                "node": record.name,
+                "incarnation": record.incarnation,
+                "labels": dict(record.labels),
+                "capabilities": list(record.capabilities),
+                "observer": self.node or self._bus.name,
+            },
+        )
 
     # ---- asking ---------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from foundation_nats.base import telemetry
 from foundation_nats.base.logs import get_logger
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.connection import Bus
@@ -55,6 +56,8 @@ class Registry:
         self._by_node: dict[str | None, set[str]] = {}
         self._listeners: list[OnChange] = []
         self._watch: Watch | None = None
+        self._is_open = False
+        """Whether what comes now is news."""
         self._log = get_logger("registry")
 
     async def open(self, scope: TaskScope, *, timeout: float = 10.0) -> None:
@@ -65,6 +68,7 @@ class Registry:
         """
         self._watch = self.bucket.watch(scope, self._on_entry)
         await self._watch.wait_ready(timeout)
+        self._is_open = True
 
     @property
     def age_s(self) -> float:
@@ -138,8 +142,24 @@ class Registry:
             self._held[agent] = after
             self._gone.pop(agent, None)
             self._by_node.setdefault(after.record.node, set()).add(agent)
+        if self._is_open and (before is None) != (after is None):
+            self._measure(agent, before, after)
         for listener in self._listeners:
             listener(agent, after)
+
+    def _measure(self, agent: str, before: Held | None, after: Held | None) -> None:
+        held = after or before
+        assert held is not None
+        telemetry.execute(
+            telemetry.AGENT_UNREGISTERED if after is None else telemetry.AGENT_REGISTERED,
+            {"agents": len(self._held)},
+            {
+                "agent": agent,
+                "node": held.record.node,
+                "deployment": held.record.deployment,
+                "status": str(held.record.status),
+            },
+        )
 
     async def write_many(self, changes: Sequence[Change]) -> list[int | FoundationError]:
         """Apply changes side by side; for each its new revision, or why it was not applied.

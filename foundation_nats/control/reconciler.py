@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from foundation_nats.base import telemetry
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
@@ -449,6 +450,11 @@ class Reconciler:
                 **self._details(commands),
             )
             self._log.info("agents failed over", peer=node, count=len(commands), ms=took)
+            telemetry.execute(
+                telemetry.FAILOVER_COMPLETED,
+                {"agents": len(commands), **({} if took is None else {"ms": took})},
+                {"node": node, "to": _per_node(commands), "observer": self._membership.node},
+            )
         for what, commands in (("moved", moved), ("assigned", assigned)):
             if commands:
                 emit(
