@@ -313,6 +313,14 @@ def channels() -> list[Channel]:
             reply=_ANY,
         ),
         Channel(
+            "gateway",
+            s.gateway("{id}"),
+            "Whether an A2A gateway process lives.",
+            _ANY,
+            "nothing",
+            reply=_ANY,
+        ),
+        Channel(
             "domain",
             s.domain("{name}"),
             "The log of a replicated domain.",
