@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import fleet, ours, patterns, streams
-from benchmarks.floor import create, failover, latency, mailbox, memory
-from benchmarks.floor.server import throw_away_server
+from benchmarks.floor import create, failover, memory
 from foundation_nats.base.tasks import run
+from foundation_nats.bus.floor import latency, mailbox
+from foundation_nats.bus.floor.server import throw_away_server
 
 Figures = dict[str, float]
 RESULTS = Path(__file__).parent / "results" / "latest.json"

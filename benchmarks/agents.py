@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import time
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from foundation_nats import Agent, Signal, State, on
-
-
-class Add(BaseModel):
-    amount: int
-
-
-class Counter(Agent):
-    """Counts; its state is small, as the floor's is."""
-
-    class State(State):
-        counter: int = 0
-
-    @on("add")
-    async def add(self, signal: Signal[Add]) -> int:
-        self.state.counter += signal.data.amount
-        return self.state.counter
-
-    @on("get")
-    async def get(self, signal: Signal) -> int:
-        return self.state.counter
+from foundation_nats.bench.agents import Add, Counter, Stamp
 
 
 class Moved(Agent):
@@ -47,23 +28,6 @@ class Moved(Agent):
             # One machine, one clock: the first signal after the pause.
             self.state.pauses.append(time.monotonic() - self.state.stopped_at)
             self.state.stopped_at = 0.0
-
-
-class Stamp(Agent):
-    """Notes how long each signal took to its handler; the notes are no state."""
-
-    notes: list[int]
-
-    async def on_start(self, recovered: object) -> None:
-        self.notes = []
-
-    @on("stamp")
-    async def stamp(self, signal: Signal[int]) -> None:
-        self.notes.append(time.monotonic_ns() - signal.data)
-
-    @on("read")
-    async def read(self, signal: Signal) -> list[int]:
-        return self.notes
 
 
 class Stage(Agent):
@@ -127,3 +91,6 @@ class Sleepy(Heavy):
     """The same, and sleeps as soon as it has nothing to do."""
 
     hibernate_after = 0.5
+
+
+__all__ = ["Add", "Adder", "Counter", "Heavy", "Moved", "Sleepy", "Stage", "Stamp"]

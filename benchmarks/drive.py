@@ -8,71 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import statistics
 import sys
 import time
 
 from foundation_nats import Cluster, FoundationError
 from foundation_nats.base.tasks import run
+from foundation_nats.bench.drive import latency, percentile, produce
 from foundation_nats.coordination import map_reduce
 
 AGENTS = 1000
 SIGNALS = 50_000
-CALLERS = 100
-CALLS = 20_000
-SEQUENTIAL = 2000
-SENDERS = 500
 MOVERS = 60
 NUMBERS = 1_000_000
 CLUSTER = "bench"
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which *share* of them lie."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-async def produce(cluster: Cluster) -> dict[str, float]:
-    """50,000 durable signals of 100 B to 1,000 agents; returns when every receipt is there."""
-    data = {"amount": 1, "pad": "x" * 78}
-    numbers = iter(range(SIGNALS))
-
-    async def sender() -> None:
-        for number in numbers:
-            await cluster.send(f"c-{number % AGENTS}", "add", data, timeout=30)
-
-    started_at = time.monotonic()
-    await asyncio.gather(*(sender() for _ in range(SENDERS)))
-    return {"started_at": started_at, "producer_seconds": time.monotonic() - started_at}
-
-
-async def latency(cluster: Cluster) -> dict[str, float]:
-    """Send to handler, ask one after the other, and asks from 100 callers at once."""
-    for _ in range(SEQUENTIAL):
-        await cluster.send("stamp", "stamp", time.monotonic_ns())
-    notes = [note / 1000 for note in await cluster.ask("stamp", "read")][SEQUENTIAL // 10 :]
-    asks = []
-    for _ in range(SEQUENTIAL):
-        began = time.perf_counter_ns()
-        await cluster.ask("c-0", "get")
-        asks.append((time.perf_counter_ns() - began) / 1000)
-    asks = asks[SEQUENTIAL // 10 :]
-    numbers = iter(range(CALLS))
-
-    async def caller(name: str) -> None:
-        for _ in numbers:
-            await cluster.ask(name, "get")
-
-    began_s = time.perf_counter()
-    await asyncio.gather(*(caller(f"c-{index}") for index in range(CALLERS)))
-    return {
-        "live_p50_us": statistics.median(notes),
-        "live_p99_us": percentile(notes, 0.99),
-        "ask_p50_us": statistics.median(asks),
-        "ask_p99_us": percentile(asks, 0.99),
-        "asks_per_s": CALLS / (time.perf_counter() - began_s),
-    }
 
 
 async def all_answer(cluster: Cluster, expected: int, count: int) -> dict[str, float]:
@@ -146,7 +94,7 @@ async def main(what: str, url: str, expected: int = 0, count: int = AGENTS) -> d
     """Connect and do one of the above."""
     async with Cluster.connect(url, cluster=CLUSTER) as cluster:
         if what == "produce":
-            return await produce(cluster)
+            return await produce(cluster, signals=SIGNALS, agents=AGENTS)
         if what == "latency":
             return await latency(cluster)
         if what == "numbers":
@@ -158,6 +106,8 @@ async def main(what: str, url: str, expected: int = 0, count: int = AGENTS) -> d
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         return await all_answer(cluster, expected, count)
 
+
+__all__ = ["AGENTS", "CLUSTER", "MOVERS", "SIGNALS", "percentile"]
 
 if __name__ == "__main__":
     result = run(lambda: main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))

@@ -21,8 +21,8 @@ import time
 import orjson
 from nats.aio.msg import Msg
 
-from benchmarks.floor.child import Child, Parent
-from benchmarks.floor.client import (
+from foundation_nats.bus.floor.child import Child, Parent
+from foundation_nats.bus.floor.client import (
     Mux,
     connected,
     forget_stream,
@@ -31,7 +31,7 @@ from benchmarks.floor.client import (
     last_of_each,
     stored_at,
 )
-from benchmarks.floor.server import FloorError, main
+from foundation_nats.bus.floor.server import FloorError, main
 
 AGENTS = 1_000
 BUCKET = "floor_failover"

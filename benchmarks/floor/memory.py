@@ -17,9 +17,9 @@ import gc
 import psutil  # type: ignore[import-untyped]
 from nats.aio.msg import Msg
 
-from benchmarks.floor.child import Child, Parent
-from benchmarks.floor.client import connected
-from benchmarks.floor.server import main
+from foundation_nats.bus.floor.child import Child, Parent
+from foundation_nats.bus.floor.client import connected
+from foundation_nats.bus.floor.server import main
 
 COUNTS = (1_000, 10_000)
 WARM_UP = 50

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import typer
 
 from foundation_cli import (
+    bench,
     chaos,
     consensus,
     dashboard,
@@ -98,6 +99,7 @@ for _module in (
     discovery,
     consensus,
     patterns,
+    bench,
     chaos,
     why,
     schema,

@@ -23,7 +23,8 @@ from nats.js import JetStreamContext
 from nats.js.api import KeyValueConfig, StorageType, StreamConfig
 from nats.js.errors import NotFoundError
 
-from benchmarks.floor.server import FloorError
+from foundation_nats.bus.floor.server import FloorError
+from foundation_nats.config import Config
 
 REPLY_TIMEOUT_S = 10.0
 RECORDS_PER_READ_MAX = 1024  # the server's limit for one multi_last
@@ -39,10 +40,16 @@ async def connected(url: str, *, strict: bool = True) -> AsyncIterator[Client]:
     """A connection; with `strict` any asynchronous error ends the process at once.
 
     `strict` is for child processes. Whoever lives in somebody else's process sees
-    such an error as an answer that does not come, and in nats-py's log.
+    such an error as an answer that does not come, and in nats-py's log. Who it logs
+    in as is in the environment (`Config.load`).
     """
+    login = Config.load().bus
     connection = await nats.connect(
         url,
+        user=login.user,
+        password=login.password,
+        token=login.token,
+        user_credentials=login.creds,
         allow_reconnect=False,
         skip_subject_validation=True,  # every subject is made by us
         error_cb=_give_up if strict else None,

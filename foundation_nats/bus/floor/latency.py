@@ -20,8 +20,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import RePublish, StorageType, StreamConfig
 
-from benchmarks.floor.child import Child, Parent
-from benchmarks.floor.client import (
+from foundation_nats.bus.floor.child import Child, Parent
+from foundation_nats.bus.floor.client import (
     Mux,
     connected,
     forget_stream,
@@ -29,12 +29,12 @@ from benchmarks.floor.client import (
     is_unanswered,
     stored_at,
 )
-from benchmarks.floor.server import FloorError, main
+from foundation_nats.bus.floor.server import FloorError, main
 
-STREAM = "FLOOR_LATENCY"
-LIVE = "floor.latency.live"
-SEEN = "floor.latency.seen"
-ASK = "floor.latency.ask."
+STREAM = "fnd-floor-latency"
+LIVE = "fnd-floor.latency.live"
+SEEN = "fnd-floor.latency.seen"
+ASK = "fnd-floor.latency.ask."
 PAYLOAD = b"x" * 100
 SEQUENTIAL = 2_000
 WARM_UP = 200
@@ -105,7 +105,9 @@ async def _live(connection: Client, mux: Mux) -> list[int]:
         seen = loop.create_future()
         started_at = time.monotonic_ns()
         stored_at(
-            await mux.ask("floor.latency.signal.a", PAYLOAD, {"Nats-Msg-Id": f"latency-{number}"})
+            await mux.ask(
+                "fnd-floor.latency.signal.a", PAYLOAD, {"Nats-Msg-Id": f"latency-{number}"}
+            )
         )
         samples.append(await seen - started_at)
     return samples[WARM_UP:]
@@ -146,17 +148,17 @@ ROLES = {"call": call, "work": work}
 
 async def run(url: str) -> dict[str, float]:
     """Measure once on the server at `url`."""
-    module = "benchmarks.floor.latency"
+    module = "foundation_nats.bus.floor.latency"
     async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_stream(
             js,
             StreamConfig(
                 name=STREAM,
-                subjects=["floor.latency.signal.*"],
+                subjects=["fnd-floor.latency.signal.*"],
                 storage=StorageType.FILE,
                 republish=RePublish(
-                    src="floor.latency.signal.*", dest=f"{LIVE}.{{{{wildcard(1)}}}}"
+                    src="fnd-floor.latency.signal.*", dest=f"{LIVE}.{{{{wildcard(1)}}}}"
                 ),
                 allow_direct=True,
             ),

@@ -34,8 +34,8 @@ from nats.aio.msg import Msg
 from nats.js.api import RePublish, StorageType, StreamConfig
 from nats.js.errors import NotFoundError
 
-from benchmarks.floor.child import Child, Parent
-from benchmarks.floor.client import (
+from foundation_nats.bus.floor.child import Child, Parent
+from foundation_nats.bus.floor.client import (
     Mux,
     connected,
     forget_stream,
@@ -44,14 +44,15 @@ from benchmarks.floor.client import (
     last_of_each,
     stored_at,
 )
-from benchmarks.floor.server import FloorError, main
+from foundation_nats.bus.floor.server import FloorError, main
 
 SIGNALS = 50_000
 AGENTS = 1_000
 PAYLOAD = b"x" * 100
-STREAM = "FLOOR"
-BUCKET = "floor_state"
-LIVE = "floor.live."
+STREAM = "fnd-floor-mailbox"
+BUCKET = "fnd-floor-state"
+SIGNAL = "fnd-floor.signal."
+LIVE = "fnd-floor.live."
 
 PUBLISHES_IN_FLIGHT_MAX = 2_000
 COMMITS_IN_FLIGHT_MAX = 64
@@ -143,7 +144,7 @@ class Worker:
                 message = await self._js.get_msg(
                     STREAM,
                     seq=agent.cursor + 1,
-                    subject=f"floor.signal.{agent.name}",
+                    subject=SIGNAL + agent.name,
                     next=True,
                     direct=True,
                 )
@@ -205,18 +206,18 @@ class Worker:
         return self._finished.result()
 
 
-async def work(parent: Parent, url: str, expected: int, drop_every: int) -> None:
+async def work(parent: Parent, url: str, expected: int, agents: int, drop_every: int) -> None:
     """The worker process."""
     async with connected(url) as connection:
         worker = Worker(connection, expected, drop_every)
-        await worker.claim([f"a{index}" for index in range(AGENTS)])
+        await worker.claim([f"a{index}" for index in range(agents)])
         parent.report(ready=True)
         finished_at = await worker.finish()
         parent.report(finished_at=finished_at, commits=worker.commits, gaps=worker.gaps)
         await parent.hear()
 
 
-async def produce(parent: Parent, url: str, count: int) -> None:
+async def produce(parent: Parent, url: str, count: int, agents: int) -> None:
     """The producer process: acknowledgements are counted, at most a window is missing."""
     async with connected(url) as connection:
         acknowledged = 0
@@ -233,7 +234,7 @@ async def produce(parent: Parent, url: str, count: int) -> None:
         inbox = connection.new_inbox()
         await connection.subscribe(inbox, cb=on_acknowledged)
         await connection.flush()
-        subjects = [f"floor.signal.a{index}" for index in range(AGENTS)]
+        subjects = [f"{SIGNAL}a{index}" for index in range(agents)]
         parent.report(ready=True)
         await parent.hear()
 
@@ -245,7 +246,7 @@ async def produce(parent: Parent, url: str, count: int) -> None:
                 room.clear()
                 await room.wait()
             await connection.publish(
-                subjects[number % AGENTS],
+                subjects[number % agents],
                 PAYLOAD,
                 reply=inbox,
                 headers={"Nats-Msg-Id": f"producer-{number}"},
@@ -261,13 +262,17 @@ async def produce(parent: Parent, url: str, count: int) -> None:
 ROLES = {"produce": produce, "work": work}
 
 
-async def run(url: str, *, drop_every: int = 0) -> dict[str, float]:
+async def run(
+    url: str, *, drop_every: int = 0, signals: int = SIGNALS, agents: int = AGENTS
+) -> dict[str, float]:
     """Measure once on the server at `url`; `drop_every` loses live copies on purpose.
+
+    *signals* must be a multiple of *agents*, of which there are 1,000 at most.
 
     Raises:
         FloorError: an effect was lost or counted twice.
     """
-    module = "benchmarks.floor.mailbox"
+    module = "foundation_nats.bus.floor.mailbox"
     async with connected(url, strict=False) as connection:
         js = connection.jetstream()
         await fresh_bucket(js, BUCKET)
@@ -275,27 +280,29 @@ async def run(url: str, *, drop_every: int = 0) -> dict[str, float]:
             js,
             StreamConfig(
                 name=STREAM,
-                subjects=["floor.signal.*"],
+                subjects=[f"{SIGNAL}*"],
                 storage=StorageType.FILE,
-                republish=RePublish(src="floor.signal.*", dest=f"{LIVE}{{{{wildcard(1)}}}}"),
+                republish=RePublish(src=f"{SIGNAL}*", dest=f"{LIVE}{{{{wildcard(1)}}}}"),
                 allow_direct=True,
             ),
         )
         async with (
-            Child(module, "work", url, expected=SIGNALS, drop_every=drop_every) as worker,
-            Child(module, "produce", url, count=SIGNALS) as producer,
+            Child(
+                module, "work", url, expected=signals, agents=agents, drop_every=drop_every
+            ) as worker,
+            Child(module, "produce", url, count=signals, agents=agents) as producer,
         ):
             await worker.hear()
             await producer.hear()
             producer.tell(go=True)
             sent = await producer.hear()
             done = await worker.hear()
-        await _verify(connection)
+        await _verify(connection, signals, agents)
         await forget_stream(js, STREAM)
         await forget_stream(js, f"KV_{BUCKET}")
     seconds = (done["finished_at"] - sent["started_at"]) / 1e9
     return {
-        "signals_per_s": SIGNALS / seconds,
+        "signals_per_s": signals / seconds,
         "seconds": seconds,
         "producer_seconds": (sent["finished_at"] - sent["started_at"]) / 1e9,
         "commits": float(done["commits"]),
@@ -303,12 +310,12 @@ async def run(url: str, *, drop_every: int = 0) -> dict[str, float]:
     }
 
 
-async def _verify(connection: Client) -> None:
+async def _verify(connection: Client, signals: int, agents: int) -> None:
     """The records, read back from the store, must hold every signal exactly once."""
     records = await last_of_each(connection, f"KV_{BUCKET}", f"$KV.{BUCKET}.*")
     counters = [orjson.loads(record.data)["state"]["counter"] for record in records]
-    if counters != [SIGNALS // AGENTS] * AGENTS:
-        raise FloorError(f"{len(records)} agents counted {sum(counters)} signals of {SIGNALS}")
+    if counters != [signals // agents] * agents:
+        raise FloorError(f"{len(records)} agents counted {sum(counters)} signals of {signals}")
 
 
 if __name__ == "__main__":

@@ -116,4 +116,4 @@ def main(run: Callable[[str], Awaitable[dict[str, float]]]) -> None:
                 with throw_away_server() as url:
                     figures.append(runner.run(measure(url)))
     medians = {key: round(statistics.median(f[key] for f in figures), 4) for key in figures[0]}
-    print(json.dumps(medians, indent=2))
+    sys.stdout.write(json.dumps(medians, indent=2) + "\n")

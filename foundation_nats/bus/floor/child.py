@@ -15,18 +15,16 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 import uvloop
 
-from benchmarks.floor.server import FloorError, die_with_parent
+from foundation_nats.bus.floor.server import FloorError, die_with_parent
 
 LIFE_MAX_S = 120
 READ_TIMEOUT_S = 60.0
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 class Child:
@@ -35,8 +33,10 @@ class Child:
     def __init__(self, module: str, role: str, url: str, **options: Any) -> None:
         self._command = [
             sys.executable,
+            # What lies in the working directory must not stand in for what is installed.
+            *(["-P"] if module.startswith("foundation_nats.") else []),
             "-c",
-            f"from {module} import ROLES; from benchmarks.floor.child import serve; serve(ROLES)",
+            f"from {module} import ROLES; from foundation_nats.bus.floor.child import serve; serve(ROLES)",
             role,
             orjson.dumps({"url": url, **options}).decode(),
         ]
@@ -47,7 +47,6 @@ class Child:
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            cwd=PROJECT,
             preexec_fn=die_with_parent,
         )
         return self
