@@ -160,9 +160,17 @@ class TestCluster:
         return self
 
     def start_node(
-        self, name: str, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> NodeProcess:
-        """Start a node process; returns at once (`wait_up` waits)."""
+        """Start a node process; returns at once (`wait_up` waits).
+
+        Args:
+            prefix: a command that runs another by becoming it, such as ``nsenter --net=…``.
+        """
         log = Path(self._directory.name) / f"{name}.log"
         path = [*self._path, os.environ.get("PYTHONPATH", "")]
         variables = {
@@ -172,7 +180,7 @@ class TestCluster:
             **(environment or {}),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
         }
-        command = [sys.executable, "-m", "foundation_cli.main", "node", "start"]
+        command = [*prefix, sys.executable, "-m", "foundation_cli.main", "node", "start"]
         command += ["--name", name, "--workers", str(self._workers), *arguments]
         with log.open("ab") as output:
             process = subprocess.Popen(
