@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from foundation_nats.base.clock import monotonic, utc_text
+from foundation_nats.base.failpoint import failpoint
 from foundation_nats.bus import rpc
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster import ledger as books
@@ -393,6 +394,7 @@ class Resources:
                 unknown = error
                 tries += 1
             else:
+                failpoint("reserve.after")
                 if monotonic() < deadline or await self._ledgers.clock.now() < now + ttl:
                     return _public(node, wanted)
             read = await self._ledgers.read(node)

@@ -2,8 +2,10 @@
 
 ``FOUNDATION_FAILPOINTS="commit.before_cas=kill;claim.read=1in5(sleep(2))"``
 makes the named points act: ``kill`` (SIGKILL to oneself), ``raise``,
-``sleep(S)`` (blocks the whole process, as a freeze would), each optionally as
-``after(N,ACTION)`` (from the N-th passing on) or ``1inN(ACTION)``. Without the variable a point costs one
+``sleep(S)`` (blocks the whole process, as a freeze would), ``freeze(S)`` (the same, and in a
+worker its manager is stopped for as long: the whole node of one worker), each optionally as
+``after(N,ACTION)`` (from the N-th passing on), ``once(N,ACTION)`` (at the N-th alone) or
+``1inN(ACTION)``. Without the variable a point costs one
 call of an empty function.
 
 ``FOUNDATION_TEST_BUG="drop_outbox"`` removes one safeguard on purpose, so that
@@ -53,6 +55,7 @@ POINTS = frozenset(
         "move.before_handover",
         "move.after_handover",
         "deadletter.before_ack",
+        "reserve.after",
         "reroute.after_fence",
         "reroute.before_delete",
         "step.begun",
@@ -77,6 +80,10 @@ POINTS = frozenset(
 """Every name in the code; a typo in a test is an error, not a test that can't fail."""
 
 
+_WORKER = "FOUNDATION_BLACKBOX"
+"""A variable that workers have, and their managers have not."""
+
+
 class FailpointError(RuntimeError):
     """Raised by a failpoint set to ``raise``."""
 
@@ -94,6 +101,18 @@ def _action(text: str) -> Callable[[], None]:
                 inner()
 
         return later
+    if match := re.fullmatch(r"once\((\d+),(.+)\)", text):
+        wait, then = [int(match[1])], _action(match[2])
+
+        def once() -> None:
+            wait[0] -= 1
+            if wait[0] == 0:
+                then()
+
+        return once
+    if match := re.fullmatch(r"freeze\(([\d.]+)\)", text):
+        frozen_s = float(match[1])
+        return lambda: _freeze(frozen_s)
     if match := re.fullmatch(r"sleep\(([\d.]+)\)", text):
         seconds = float(match[1])
         return lambda: time.sleep(seconds)
@@ -106,6 +125,18 @@ def _action(text: str) -> Callable[[], None]:
 
         return fail
     raise ValueError(f"unknown failpoint action {text!r}")
+
+
+def _freeze(seconds: float) -> None:
+    """Stop this process and, in a worker, its manager, which has nobody else who could."""
+    manager = os.getppid() if _WORKER in os.environ else None
+    if manager is not None:
+        os.kill(manager, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        if manager is not None:
+            os.kill(manager, signal.SIGCONT)
 
 
 def parse(text: str) -> dict[str, Callable[[], None]]:

@@ -50,6 +50,25 @@ BESIDES = {
 }
 
 
+# Point to the passing at which the whole node stands still, for longer than it has a right to.
+FREEZES = {
+    "handle.after": 60,
+    "commit.before_cas": 40,
+    "commit.after_cas_before_outbox": 40,
+    "outbox.mid": 40,
+    "claim.read": 2,
+    "claim.after_cas": 2,
+    "claim.after_subscribe": 2,
+    "plan.computed": 2,
+    "plan.mid_execute": 1,
+    "start.sent": 2,
+    "lease.renew": 2,
+}
+FROZEN_S = 9.0
+# Who has just joined gives no verdicts for the time of the grace, and claims come early.
+QUICK = {"suspect_after_s": 1.0, "down_after_s": 2.0, "bus_grace_s": 3.0}
+
+
 async def crashes(cluster: Cluster) -> int:
     """How many workers and nodes have died."""
     events = await cluster.events.list(limit=1000)
@@ -85,6 +104,51 @@ async def crash_at(point: str, passes: int) -> None:
         await workload.everyone_runs_once(nodes)
         await workload.verdict(nodes, history, minimum=400)
         epochs.check()
+
+
+async def freeze_at(point: str, passing: int) -> None:
+    """Run the load over a node that stands still at *point* until it has been replaced, and goes on."""
+    armed = f"{point}=once({passing},freeze({FROZEN_S}))"
+    settings = {"liveness": QUICK}
+    async with TestCluster(nodes=0, workers=1, path=[str(AGENTS)], settings=settings) as nodes:
+        # Started first, so that it leads and the leader's points are passed too.
+        fragile = nodes.start_node("fragile", environment={"FOUNDATION_FAILPOINTS": armed})
+        await nodes.wait_up(["fragile"])
+        for name in ("n1", "n2"):
+            nodes.start_node(name)
+        await nodes.wait_up(["n1", "n2"])
+        incarnation = (await nodes.client.nodes.get("fragile")).incarnation
+        await workload.deploy(nodes)
+        epochs = workload.EpochWatch()
+        await epochs.open(nodes.client)
+        load = workload.Load(nodes.client)
+        load.start()
+        await eventually(lambda: load.receipts > 400, timeout=40, message="load flows")
+
+        async def replaced() -> bool:
+            events = await nodes.client.events.list(topic="node", limit=1000)
+            return any(e.what == "down" and e.data.get("node") == "fragile" for e in events)
+
+        await eventually(replaced, timeout=30, message=f"void: nothing stood still at {point}")
+
+        async def back() -> bool:
+            node = await nodes.client.nodes.get("fragile")
+            return node.status == "up" and node.incarnation > incarnation
+
+        await eventually(back, timeout=40, message="it comes back under a new incarnation")
+        history = await load.stop()
+        await workload.verdict(nodes, history, minimum=400)
+        fragile.kill_all()
+        await workload.everyone_runs_once(nodes)
+        await workload.verdict(nodes, history, minimum=400)
+        epochs.check()
+
+
+@pytest.mark.usefixtures("chaos")
+@pytest.mark.parametrize("point", sorted(FREEZES))
+async def test_a_node_frozen_anywhere_is_replaced_and_writes_nothing_more(point: str) -> None:
+    """It stands still at that instant beyond its right to answer, and goes on as if nothing had been."""
+    await freeze_at(point, FREEZES[point])
 
 
 @pytest.mark.parametrize("point", sorted(ALWAYS))

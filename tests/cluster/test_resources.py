@@ -170,6 +170,33 @@ def _claims(lines: object) -> list[Claim]:
     return list(found.values())
 
 
+async def test_a_client_that_dies_before_it_knows_what_it_has_gives_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """reserve.after: it is written, and nobody hears of it. It is held, then free again (R-53)."""
+    async with cluster_of(1) as nodes:
+        cluster = nodes.client
+        monkeypatch.setenv("FOUNDATION_FAILPOINTS", "reserve.after=kill")
+        with Children() as children:
+            child = children.start(
+                "tests.cluster.reserver", nodes.server.url, nodes.config.cluster, str(GPUS), "2"
+            )
+            await eventually(lambda: child.process.poll() is not None, message="it dies")
+            assert child.process.returncode == -signal.SIGKILL, child.lines()[-5:]
+            assert not child.said("got")
+        monkeypatch.delenv("FOUNDATION_FAILPOINTS")
+        (held,) = await cluster.resources.list()
+        assert held.holder == "reserver"
+        with pytest.raises(BusyError):
+            await cluster.resources.reserve({"gpu": 1.0}, timeout=0.2)
+
+        async def free() -> bool:
+            taken = await cluster.resources.reserve({"gpu": float(GPUS)}, ttl=5, timeout=1)
+            return bool(taken.id)
+
+        await eventually(free, timeout=10, message="it is free again")
+
+
 async def test_a_reservation_holds_back_agents_until_it_expires_and_they_start_by_themselves() -> (
     None
 ):
