@@ -3,7 +3,7 @@
 from foundation_nats.chaos.workloads.appends import Appends, Fanout, Pipeline, Rings
 from foundation_nats.chaos.workloads.bank import Bank
 from foundation_nats.chaos.workloads.base import Workload
-from foundation_nats.chaos.workloads.churn import Churn
+from foundation_nats.chaos.workloads.churn import Churn, Maintenance
 from foundation_nats.chaos.workloads.counters import Counters
 from foundation_nats.chaos.workloads.domains import Domains
 from foundation_nats.chaos.workloads.locks import Locks
@@ -25,6 +25,7 @@ WORKLOADS: dict[str, type[Workload]] = {
         Keys,
         Locks,
         Churn,
+        Maintenance,
         Reservations,
         Timers,
         Steps,
