@@ -17,6 +17,7 @@ import typer
 
 from foundation_cli import (
     bench,
+    breakers,
     chaos,
     consensus,
     dashboard,
@@ -94,6 +95,7 @@ for _module in (
     tap,
     history,
     dead,
+    breakers,
     steps,
     doctor,
     discovery,

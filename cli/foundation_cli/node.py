@@ -83,6 +83,12 @@ def start(
         list[str] | None,
         typer.Option(metavar="K=N", help="A limit, such as slots=500; may be repeated."),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT", help="Serve metrics to Prometheus; on 127.0.0.1 unless HOST."
+        ),
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help=f"{', '.join(_LEVELS)}.")
@@ -98,6 +104,8 @@ def start(
         )
     labels = values.pairs(label or [], "--label")
     capacities = values.numbers(capacity or [], "--capacity")
+
+    where = None if metrics is None else values.address(metrics, "--metrics")
 
     _find_modules_here()
     _check_found(imports or [])
@@ -129,6 +137,7 @@ def start(
         capacity=capacities,
         log_level=log_level.lower(),
         log_json=log_json,
+        metrics=where,
     )
 
     async def main() -> int:

@@ -91,6 +91,15 @@ def send(
         int | None,
         typer.Option(metavar="N", min=1, max=100, help="How often its handling is tried."),
     ] = None,
+    urgent: Annotated[
+        bool, typer.Option("--urgent", help="It overtakes what waits and is not urgent.")
+    ] = False,
+    lines: Annotated[
+        bool,
+        typer.Option(
+            "--lines", help="Send one signal for each line of stdin, which is its payload."
+        ),
+    ] = False,
     wait_handled: Annotated[
         bool,
         typer.Option(
@@ -106,9 +115,20 @@ def send(
 
     Example: foundation send visits counter.add '{"amount": 3}'
     Example: foundation send visits counter.add '{"amount": 3}' --wait-handled --attempts 5
+    Example: jq -c '.[]' orders.json | foundation send shop order.placed --lines --id import-7
     Example: foundation send visits counter.add --cron '0 9 * * *' --zone Europe/Berlin
     """
     _checked(target, type)
+    if lines:
+        if data is not None:
+            raise typer.BadParameter("with --lines it comes from stdin.", param_hint="JSON")
+        if wait_handled or any(x is not None for x in (at, after, every, cron)):
+            raise typer.BadParameter("they are sent now, and not waited for.", param_hint="--lines")
+        ttl_s = None if ttl is None else values.duration(ttl)
+        _send_lines(
+            shared, target, type, id=id, queue=queue, ttl=ttl_s, attempts=attempts, urgent=urgent
+        )
+        return
     payload = values.json_value(data, sys.stdin)
     when: dict[str, Any] = {
         "at": at,
@@ -118,15 +138,14 @@ def send(
     }
     is_later = any(value is not None for value in when.values())
     ttl_s = None if ttl is None else values.duration(ttl)
-    if is_later and (wait_handled or attempts is not None):
+    if is_later and (wait_handled or urgent or attempts is not None):
         raise typer.BadParameter(
-            "not of a signal for later.",
-            param_hint="--wait-handled" if wait_handled else "--attempts",
+            "a signal for later has none.", param_hint="--wait-handled, --urgent or --attempts"
         )
     if wait_handled:
-        if ttl is not None:
+        if ttl is not None or urgent:
             raise typer.BadParameter(
-                "with --wait-handled it is --timeout that ends it.", param_hint="--ttl"
+                "not with --wait-handled; --timeout ends it.", param_hint="--ttl or --urgent"
             )
         _send_supervised(shared, target, type, payload, id, queue, attempts)
         return
@@ -139,7 +158,14 @@ def send(
             timeout = shared.timeout_s
             if not is_later:
                 return await cluster.send(
-                    target, type, payload, id=id, timeout=timeout, ttl=ttl_s, attempts=attempts
+                    target,
+                    type,
+                    payload,
+                    id=id,
+                    timeout=timeout,
+                    ttl=ttl_s,
+                    attempts=attempts,
+                    urgent=urgent,
                 )
             return await cluster.signals.schedule(
                 target, type, payload, id=id, timeout=timeout, ttl=ttl_s, zone=zone, **when
@@ -159,6 +185,69 @@ def send(
             f"stored {render.clean(receipt['id'])} for {render.clean(receipt['target'])}, "
             f"sequence {receipt['sequence']} of {render.clean(receipt['stream'])}{known}"
         )
+
+
+def _send_lines(
+    shared: Shared,
+    target: str,
+    type: str,
+    *,
+    id: str | None,
+    queue: bool,
+    ttl: float | None,
+    attempts: int | None,
+    urgent: bool,
+) -> None:
+    """One signal for each line; what can't be sent is named, and the rest is sent all the same."""
+    import asyncio
+    import json
+    from collections import deque
+    from collections.abc import AsyncIterator
+
+    from foundation_nats.api.signals import Outgoing
+    from foundation_nats.errors import FoundationError
+
+    numbers: deque[int] = deque()
+    counts = {"stored": 0, "repeated": 0, "failed": 0}
+
+    def failed(number: int, reason: str) -> None:
+        counts["failed"] += 1
+        render.talk(f"line {number}: {reason}")
+
+    async def outgoing() -> AsyncIterator[Outgoing]:
+        number = 0
+        while text := await asyncio.to_thread(sys.stdin.readline):
+            number += 1
+            if not text.strip():
+                continue
+            try:
+                payload = json.loads(text)
+            except ValueError as error:
+                failed(number, f"not JSON: {error}")
+                continue
+            numbers.append(number)
+            key = None if id is None else f"{id}-{number}"
+            yield Outgoing(target, type, payload, key, ttl, attempts, urgent)
+
+    async def main() -> None:
+        async with connected(shared) as cluster:
+            agent = _agent_id(target)
+            if agent is not None and not queue:
+                await _known(cluster, agent)
+            results = cluster.signals.send_each(outgoing(), timeout=shared.timeout_s)
+            async for result in results:
+                number = numbers.popleft()
+                if isinstance(result, FoundationError):
+                    failed(number, str(result))
+                else:
+                    counts["repeated" if result.duplicate else "stored"] += 1
+
+    run(main)
+    if not render.document(shared, counts):
+        again = f", {counts['repeated']} were stored before" if counts["repeated"] else ""
+        render.write(f"stored {counts['stored']} for {render.clean(target)}{again}")
+    if counts["failed"]:
+        raise typer.Exit(1)
 
 
 def _send_supervised(

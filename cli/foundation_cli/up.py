@@ -97,6 +97,8 @@ class UpOptions:
     respawn: bool
     log_level: str
     reload: bool = False
+    metrics: int | None = None
+    """The port of the first node's metrics."""
     watch: tuple[Path, ...] = ()
     """Folders to watch instead of those of the manifest and its modules."""
 
@@ -269,6 +271,9 @@ class Up:
         line += ["--workers", str(options.workers), "--log-level", options.log_level]
         for module in options.imports:
             line += ["--import", module]
+        if options.metrics is not None:
+            number = int(name.rpartition("-")[2])
+            line += ["--metrics", str(options.metrics + number - 1)]
         return line
 
     async def _start_nodes(self) -> None:
@@ -627,6 +632,15 @@ def up(
             file_okay=False,
         ),
     ] = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=1,
+            max=65535 - 64,
+            help="Serve metrics to Prometheus: the first node here, the others on the next ports.",
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="Of the nodes: debug, info, warning, error.")
     ] = "info",
@@ -652,6 +666,7 @@ def up(
         wait_s=wait,
         respawn=respawn,
         log_level=log_level,
+        metrics=metrics,
         reload=reload,
         watch=tuple(watch or ()),
     )

@@ -82,6 +82,21 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def address(text: str, option: str) -> str:
+    """``HOST:PORT`` of ``[HOST:]PORT``; this machine's loopback unless a host is given.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise typer.BadParameter(
+            f"{text!r} is no address: write a port, or HOST:PORT as in 0.0.0.0:9464.",
+            param_hint=option,
+        )
+    return f"{host or '127.0.0.1'}:{port}"
+
+
 def numbers(items: list[str], option: str) -> dict[str, float]:
     """``k=number`` texts as a dict.
 

@@ -11,6 +11,11 @@ handled, and the next commit covers them all. Replies and emitted signals leave
 only after the commit that holds their cause. Emitted signals for one receiver
 are published one after the other, so that their order survives a retry.
 
+An urgent signal is handled before those that wait in memory. The record then names it beside the
+cursor (`ahead`: its sequence, and when the server stored it), and the cursor passes it without
+handling it again once those in front of it are done. The time tells it from another that gets its
+number if the stream goes back. So it is the same compare-and-set that makes both lanes exactly once.
+
 Where the stream itself has gone back, the cursor follows it by a commit of its own:
 `rewind.py` has the rule, and `rewound` begins it.
 
@@ -47,6 +52,7 @@ from foundation_nats.agent.handling import (
     unhandled,
     validated,
 )
+from foundation_nats.agent.intake import AHEAD_MAX, Intake, is_urgent, source_of
 from foundation_nats.agent.kin import announce, hear, is_of_kin
 from foundation_nats.agent.middleware import layered, outgoing
 from foundation_nats.agent.past import Past, base_key, encode_base
@@ -78,6 +84,7 @@ from foundation_nats.errors import (
     FencedError,
     FoundationError,
     HandlerError,
+    OverloadError,
     PayloadInvalidError,
     PayloadTooLargeError,
     PlanFailedError,
@@ -103,6 +110,9 @@ _READY_EVERY_S = 0.1
 _TRACEBACK_MAX = 8000
 _HOPELESS = (BudgetError, PlanFailedError, StepInDoubtError, StepTooLargeError, TransitionError)
 """To try again would end the same way."""
+_REST_MIN_S = 0.001
+_COMMIT_EVERY_S = 0.01
+"""While there is more to handle: what was handled within that time shares a commit."""
 _NOT_VALID_S = 0.2
 """Between two looks whether what is stored may be published again."""
 
@@ -154,6 +164,7 @@ class Activation:
         "_kind",
         "_waiting",
         "agent",
+        "ahead",
         "asked",
         "behind",
         "cautious",
@@ -172,9 +183,11 @@ class Activation:
         "held",
         "id",
         "in_flight",
+        "intake",
         "mark",
         "outbox",
         "outbox_bytes",
+        "overtaking",
         "past",
         "positions",
         "queue",
@@ -182,6 +195,7 @@ class Activation:
         "recovered_at",
         "recovering",
         "replies",
+        "resting",
         "revision",
         "rewinding",
         "route",
@@ -200,6 +214,7 @@ class Activation:
         "target",
         "task",
         "uncommitted",
+        "urgent",
     )
 
     def __init__(
@@ -218,6 +233,7 @@ class Activation:
         outbox: list[OutboxItem],
         recovered: RecoveredFrom | None,
         skip: list[int],
+        ahead: dict[int, str] | None = None,
         steps: StepLedger | None = None,
         positions: dict[str, Any] | None = None,
         past: Past | None = None,
@@ -260,6 +276,16 @@ class Activation:
         """The highest sequence heard of; catching up goes on until it is reached."""
         self.skip = skip
         """Signals beyond the cursor that were given to another agent (`signaling/rerouter.py`)."""
+        self.ahead: dict[int, str] = ahead or {}
+        """Urgent signals beyond the cursor that were handled: sequence to stamp."""
+        self.urgent: deque[_Stored] | None = None
+        """Those of the queue that overtake, in order; they stay in the queue, too."""
+        self.overtaking = False
+        """The signal in hand is not the next one of the queue."""
+        rate = record.spec.rate
+        self.intake = None if rate is None else Intake(rate)
+        self.resting = False
+        """What is next must wait, because of `intake`."""
         self.replies: Replies | None = None
         """Where the handler's items go, while it answers one by one."""
         self.step_ledger = steps
@@ -337,7 +363,12 @@ class Activation:
         self.fetched = sequence
         if stored_at > self.fetched_mark:
             self.fetched_mark = stored_at
-        self._put(_Stored(sequence, data, stored_at))
+        item = _Stored(sequence, data, stored_at)
+        if stored_at and is_urgent(data) and self.ahead.get(sequence) != stored_at:
+            if self.urgent is None:
+                self.urgent = deque()
+            self.urgent.append(item)
+        self._put(item)
 
     def _on_ask(self, message: Message) -> None:
         if self.stopping is not None or not self.runtime.is_valid():
@@ -349,6 +380,17 @@ class Activation:
             )
             self._send_reply(message.reply, orjson.dumps(error_body(busy)))
             return
+        if self.intake is not None and not self.starting:
+            wait = self.intake.wait_s(source_of(message.data), monotonic())
+            if wait or self.resting:
+                wait = max(wait, _REST_MIN_S)
+                overload = OverloadError(
+                    f"{self.id} takes in no more than it may: ask again in {wait:.2f} s.",
+                    name=self.id,
+                    retry_in_s=round(wait, 3),
+                )
+                self._send_reply(message.reply, orjson.dumps(error_body(overload)))
+                return
         self._put(_Ask(message.reply, message.data))
 
     def _on_flow(self, data: bytes) -> None:
@@ -492,18 +534,34 @@ class Activation:
         if self.task is not None or self.route is None:
             return
         self.task = task
+        stored_at = monotonic()
         try:
-            while self.queue and self.stopping is None:
+            while self.queue and self.stopping is None and not self.resting:
                 if self.uncommitted >= _UNCOMMITTED_MAX or self._is_choked():
                     break
+                if self.dirty and (now := monotonic()) - stored_at > _COMMIT_EVERY_S:
+                    # Handlers that take their time don't hold up what others wait for.
+                    stored_at = now
+                    self.commit()
                 item = self.queue[0]
-                if isinstance(item, _Ask):
+                first = self._overtakes(item) if self.urgent else None
+                if isinstance(item, _Ask) and first is None:
                     self.queue.popleft()
                     await self._handle_ask(item)
                     continue
                 if not self.runtime.is_valid():
                     self.runtime.park(self)
                     break
+                next_one = first or item
+                if isinstance(next_one, _Stored) and self._must_rest(next_one):
+                    break
+                if first is not None:
+                    self.overtaking = True
+                    try:
+                        await self._handle_stored(first)
+                    finally:
+                        self.overtaking = False
+                    continue
                 if isinstance(item, _Start):
                     await self._start()
                 elif isinstance(item, _Rewind):
@@ -512,7 +570,7 @@ class Activation:
                     if await self._fall_asleep():
                         self.queue = None
                         return
-                else:
+                elif isinstance(item, _Stored):
                     await self._handle_stored(item)
                 if self.queue:
                     self.queue.popleft()
@@ -528,12 +586,46 @@ class Activation:
         finally:
             self.task = None
         if self.queue is not None and not self.queue:
-            self.queue = None
+            self.queue = self.urgent = None
         self.commit()
         if self.stopping is not None:
             await self._finish()
         elif self.behind and self.backlog <= self.runtime.in_memory_max // 2:
             self.runtime.catch_up(self)
+
+    def _overtakes(self, item: object) -> _Stored | None:
+        """The urgent signal that comes before *item*, the next of the queue; None: nothing does."""
+        assert self.urgent is not None
+        while self.urgent:
+            first = self.urgent[0]
+            if first.sequence > self.cursor and first.sequence not in self.ahead:
+                break
+            self.urgent.popleft()
+        if not self.urgent:
+            self.urgent = None
+            return None
+        if self.starting or not isinstance(item, _Stored | _Ask) or len(self.ahead) >= AHEAD_MAX:
+            return None
+        return None if self.urgent[0] is item else self.urgent[0]
+
+    def _must_rest(self, item: _Stored) -> bool:
+        """Whether *item* must not begin yet; then the queue is gone on with as soon as it may."""
+        if (
+            self.intake is None
+            or item.sequence <= self.cursor
+            or item.sequence in self.skip
+            or item.sequence in self.ahead
+        ):
+            return False
+        wait = self.intake.wait_s(source_of(item.data), monotonic())
+        if wait:
+            self.resting = True
+            asyncio.get_running_loop().call_later(max(wait, _REST_MIN_S), self._rested)
+        return bool(wait)
+
+    def _rested(self) -> None:
+        self.resting = False
+        self.resume()
 
     def _is_choked(self) -> bool:
         """Whether receivers must take some of what was emitted before more is handled.
@@ -603,6 +695,8 @@ class Activation:
             self.skip = []
             if self.past is not None:
                 self.past.restart()
+            self.ahead = {}
+            self.urgent = None
             self.cautious = False
             self.runtime.attempts.pop(self.id, None)
             self.dirty = True
@@ -620,6 +714,12 @@ class Activation:
                 self.past.took_no_effect(item.sequence)
             self._advance(item)
             return
+        if self.ahead and not self.overtaking and item.sequence in self.ahead:
+            if self.ahead.pop(item.sequence) == item.stamp:
+                self._advance(item)
+                return
+            # The stream went back, and its number was given out again: it is another one.
+            self.dirty = True
         if self.cautious and not await self._may_try(item):
             return
         try:
@@ -675,6 +775,11 @@ class Activation:
                 )
                 if self.step_ledger is not None:
                     self.step_ledger.settle(cause_of(source, signal_id))
+                self.runtime.counts.handled += 1
+                if self.overtaking and self.past is not None:
+                    # A replay goes by the order of the mailbox, in which this one has no place.
+                    self.past.took_no_effect(item.sequence)
+                    self.past.aside()
                 self._advance(item)
                 return
             if isinstance(failure, StateTooLargeError):
@@ -695,14 +800,20 @@ class Activation:
                 data = validated(handling, signal_type, body.get("data"))
 
     def _advance(self, item: _Stored) -> None:
-        """The signal is done with: the next commit moves the cursor past it."""
-        self.cursor = item.sequence
-        if item.stamp > self.mark:
-            self.mark = item.stamp
-        self.consumed += 1
-        if self.past is not None:
-            self.past.done()
-        if self.cautious and item.sequence >= self.runtime.attempts.get(self.id, (0, 0))[0]:
+        """The signal is done with: the next commit moves the cursor past it, or names it as ahead."""
+        suspect = self.runtime.attempts.get(self.id, (0, 0))[0]
+        if self.overtaking:
+            self.ahead[item.sequence] = item.stamp
+            is_past = item.sequence == suspect
+        else:
+            self.cursor = item.sequence
+            if item.stamp > self.mark:
+                self.mark = item.stamp
+            self.consumed += 1
+            if self.past is not None:
+                self.past.done()
+            is_past = item.sequence >= suspect
+        if self.cautious and is_past:
             self.cautious = False
             self.runtime.attempts.pop(self.id, None)
         self.dirty = True
@@ -874,6 +985,7 @@ class Activation:
     ) -> None:
         """Give the signal up: the dead letter is part of the commit that moves the cursor past it."""
         failpoint("deadletter.before_ack")
+        self.runtime.counts.given_up += 1
         trace = error.details.get("traceback")
         raw = None if body is not None else item.data[:_TRACEBACK_MAX].decode("utf-8", "replace")
         letter = DeadLetter(
@@ -1010,6 +1122,7 @@ class Activation:
         else:
             reply = b'{"ok":%b}' % result if self.replies is None else result
         self.replies = None
+        self.runtime.counts.answered += 1
         if (self.state_json, len(self.outbox)) != before:
             self.uncommitted += 1
         # The answer may rest on effects that are not stored yet: it leaves with the
@@ -1061,6 +1174,7 @@ class Activation:
             attempt=self.runtime.attempts.get(self.id) if self.cautious else None,
             outbox_since=self.recovered_at if self.recovering else "",
             skip=self.skip,
+            ahead=self.ahead,
             steps=self.step_ledger,
             sensors=self.positions,
             family=self.agent.ctx._family_kept,
@@ -1119,6 +1233,7 @@ class Activation:
         if self.past is not None and past:
             self.past.committed(past[0])
             self._store_base(past[1])
+        self.runtime.counts.commits += 1
         self.runtime.moved(self)
         for reply, body in awaiting:
             self._send_reply(reply, body)
@@ -1390,7 +1505,7 @@ class Activation:
         for item in self.queue or ():
             if isinstance(item, _Ask):
                 self._refuse(item.reply)
-        self.queue = None
+        self.queue = self.urgent = None
 
     def fail(self, error: FoundationError) -> None:
         """End at once because of *error*; nothing more is stored."""

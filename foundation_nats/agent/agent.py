@@ -48,6 +48,7 @@ from foundation_schemas import (
     NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
+    RateLimit,
     RecoveredFrom,
     RestartLimit,
     Subscription,
@@ -107,12 +108,17 @@ class Agent:
     """``permanent``, ``transient`` or ``temporary``, unless the wish for it says one."""
     restart_limit: ClassVar[RestartLimit | None] = None
     """How many restarts are enough to give it up, unless the wish for it says it."""
+    rate: ClassVar[typing.Mapping[str, float] | RateLimit | None] = None
+    """How fast it takes in what it is sent: ``{"per_s": 100, "burst": 10, "per_sender": 5}``, unless
+    the wish for it says it."""
     on_node_loss: ClassVar[OnNodeLoss | NodeLoss | typing.Mapping[str, Any] | str | None] = None
     """What becomes of it when its node is lost, unless the wish for it says it: ``restart``,
     ``unavailable``, ``stop``, or ``{"policy": "stop", "grace_s": 30}`` to wait for the node first."""
     supervision: ClassVar[Supervision] = Supervision()
     """How it looks after the children that it spawns; see `Context.spawn`."""
 
+    inherit_deadline: ClassVar[bool] = False
+    """Whether what it emits is not handled after the deadline of the signal that caused it."""
     hibernate_after: ClassVar[float | None] = None
     """Seconds without a signal after which it sleeps: its memory is freed, and the next signal wakes
     it. `on_stop("hibernated")` is called before, `on_start` after. None: `worker.hibernate_after_s`.
@@ -178,13 +184,14 @@ class Agent:
         deadline: datetime | None = None,
         attempts: int | None = None,
         on_error: str = "",
+        inherit_deadline: bool | None = None,
+        urgent: bool = False,
     ) -> None:
         """Send a signal because of the one in hand, once its effects are stored.
 
         It reaches the receiver's state exactly once, and not at all if this
         handler raises. *data* is taken as it is now. After *ttl* seconds, or after
-        *deadline*, it is not handled any more; ``deadline=signal.deadline`` hands on that of
-        the signal in hand.
+        *deadline*, it is not handled any more.
 
         *type* may be a `Payload`, which is type and data in one.
 
@@ -193,13 +200,22 @@ class Agent:
             on_error: if it is given up (its handler fails, nobody is there, it is too late …), a signal
                 of this type comes back to this agent, as durably as the dead letter; its data
                 is a `GivenUp`. Of a signal for many, one for each receiver that gives it up.
+            inherit_deadline: that of the signal in hand counts too, the earlier of both; None: as the
+                class says by `inherit_deadline`.
+            urgent: it overtakes what waits and is not urgent.
 
         Raises:
             ValueError: *to* is no target, *ttl* is not positive, or *attempts* not from 1 to 100.
             TypeError: *data* is not JSON.
         """
         type, data = typed(type, data)
-        until = deadline_text(self.ctx.now(), ttl=ttl, deadline=deadline)
+        inherits = self.inherit_deadline if inherit_deadline is None else inherit_deadline
+        now, cause = self.ctx.now(), self.ctx.signal
+        until = deadline_text(now, ttl=ttl, deadline=deadline)
+        inherited = None
+        if inherits and cause is not None:
+            inherited = deadline_text(now, deadline=cause.deadline)
+        until = min(filter(None, (until, inherited)), default=None)
         self.ctx._emissions.append(
             Emission(
                 as_target(to),
@@ -208,6 +224,7 @@ class Agent:
                 until,
                 attempts=check_attempts(attempts),
                 on_error=checked_type(on_error) if on_error else "",
+                urgent=urgent,
             )
         )
 

@@ -69,6 +69,8 @@ class Emission:
     """How often its receiver tries; None: as its node is set."""
     on_error: str = ""
     """The type of the signal that comes back if it is given up."""
+    urgent: bool = False
+    """It overtakes what waits at its receiver and is not."""
 
     @property
     def value(self) -> Any:

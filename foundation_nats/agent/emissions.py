@@ -101,6 +101,7 @@ def outbox_items(
             deadline=emission.deadline,
             attempts=emission.attempts,
             onerror=emission.on_error,
+            urgent=emission.urgent,
         )
         items.append(OutboxItem(subject, msg_id, body, headers))
     return items

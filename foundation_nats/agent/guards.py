@@ -1,7 +1,8 @@
 """`ctx.breaker`, `ctx.limiter`, `ctx.bulkhead`, `ctx.retrying`: calls to the outside that may fail.
 
 A guard is named, and shared by all agents of one worker process: what does not answer one
-doesn't answer the other. It is in memory only; each worker learns by itself. The decisions are
+doesn't answer the other. A client has its own (`cluster.guards`). It is in memory only; each process
+learns by itself, and tells by events what its breakers do. The decisions are
 in `base/resilience.py`. How a guard is set is said where it is first used.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TypeVar
 
+from foundation_nats.agent.breaking import Emit, Watched
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.resilience import Breaker, BreakerState, TokenBucket, backoff_s
 from foundation_nats.errors import BreakerOpenError, ConfigError, OverloadError
@@ -26,7 +28,7 @@ GUARDS_MAX = 10_000
 class Guard:
     """One call through a breaker: ``async with self.ctx.breaker("mail"): await send()``."""
 
-    def __init__(self, name: str, breaker: Breaker) -> None:
+    def __init__(self, name: str, breaker: Watched) -> None:
         self.name = name
         self._breaker = breaker
         self._permit: int | None = None
@@ -103,32 +105,75 @@ class Bulkhead:
 
 
 class Guards:
-    """The guards of one worker process, by kind and name."""
+    """The guards of one worker process, or of one client, by kind and name."""
 
-    def __init__(self) -> None:
-        self._breakers: dict[str, Breaker] = {}
+    def __init__(self, emit: Emit | None = None) -> None:
+        """*emit* is told what the breakers do."""
+        self._emit = emit
+        self._breakers: dict[str, Watched] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._rooms: dict[str, asyncio.Semaphore] = {}
 
-    def breaker(
-        self, name: str, *, failures: int, window_s: float, pause_s: float, probes: int
-    ) -> Guard:
-        """The breaker *name*, made as said if there is none yet."""
+    def watched(self) -> list[Watched]:
+        """All breakers, by name."""
+        return [breaker for _, breaker in sorted(self._breakers.items())]
 
-        def make() -> Breaker:
-            return Breaker(failures=failures, window_s=window_s, pause_s=pause_s, probes=probes)
+    def breaker(
+        self,
+        name: str,
+        *,
+        failures: int = 5,
+        window_s: float = 30.0,
+        pause_s: float = 5.0,
+        probes: int = 1,
+    ) -> Guard:
+        """A circuit breaker: ``async with guards.breaker("mail"): …``.
+
+        After *failures* within *window_s* it raises `BreakerOpenError` at once for *pause_s*, then lets
+        *probes* calls through. Made as said where it is first used.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
+
+        def make() -> Watched:
+            breaker = Breaker(failures=failures, window_s=window_s, pause_s=pause_s, probes=probes)
+            return Watched(name, breaker, self._emit, kind="call")
 
         return Guard(name, _known(self._breakers, name, make))
 
-    def limiter(self, name: str, *, rate: float, burst: float | None) -> Limiter:
-        """The limiter *name*, made as said if there is none yet."""
+    def limiter(self, name: str, *, rate: float, burst: float | None = None) -> Limiter:
+        """*rate* calls a second, *burst* at once: ``await guards.limiter("mail", rate=10).wait(timeout=1)``.
+
+        Raises:
+            ConfigError: a number is wrong.
+        """
         return Limiter(name, _known(self._buckets, name, lambda: TokenBucket(rate, burst)))
 
-    def bulkhead(self, name: str, *, limit: int, wait_s: float) -> Bulkhead:
-        """The bulkhead *name*, made as said if there is none yet."""
+    def bulkhead(self, name: str, *, limit: int, wait_s: float = 5.0) -> Bulkhead:
+        """At most *limit* at once, the rest wait *wait_s*: ``async with guards.bulkhead("db", limit=4): …``.
+
+        Raises:
+            ConfigError: *limit* is below 1.
+        """
         if limit < 1:
             raise ConfigError(f"bulkhead {name!r}: limit must be at least 1, not {limit}.")
         return Bulkhead(name, _known(self._rooms, name, lambda: asyncio.Semaphore(limit)), wait_s)
+
+    async def retrying(
+        self,
+        function: Callable[[], Awaitable[R]],
+        *,
+        attempts: int = 3,
+        first_s: float = 0.1,
+        most_s: float = 10.0,
+        on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> R:
+        """Await *function* again while it raises *on*, with doubling pauses and jitter.
+
+        The error of the last attempt, or of an open breaker, is raised.
+        """
+        return await retrying(function, attempts=attempts, first_s=first_s, most_s=most_s, on=on)
 
 
 def _known(guards: dict[str, G], name: str, make: Callable[[], G]) -> G:
@@ -136,7 +181,7 @@ def _known(guards: dict[str, G], name: str, make: Callable[[], G]) -> G:
     if found is None:
         if len(guards) >= GUARDS_MAX:
             raise ConfigError(
-                f"This worker has {GUARDS_MAX} guards already: name them after what is called, "
+                f"There are {GUARDS_MAX} guards already: name them after what is called, "
                 "not after each call."
             )
         try:

@@ -58,6 +58,7 @@ def spec_of(run: str, cls: type[Agent]) -> AgentSpec:
         "placement": cls.placement,
         "restart": cls.restart,
         "restart_limit": cls.restart_limit,
+        "rate": cls.rate,
         "on_node_loss": cls.on_node_loss,
     }
     try:
@@ -135,5 +136,6 @@ def describe(run: str) -> ClassInfo:
         placement=None if cls.placement is None else said.placement,
         restart=cls.restart,
         restart_limit=said.restart_limit,
+        rate=said.rate,
         on_node_loss=said.on_node_loss,
     )

@@ -43,5 +43,7 @@ class AnyAgent(Protocol):
         deadline: datetime | None = None,
         attempts: int | None = None,
         on_error: str = "",
+        inherit_deadline: bool | None = None,
+        urgent: bool = False,
     ) -> None:
         """See `Agent.emit`."""

@@ -50,6 +50,7 @@ def encode_record(
     attempt: tuple[int, int] | None = None,
     outbox_since: str = "",
     skip: Sequence[int] = (),
+    ahead: dict[int, str] | None = None,
     steps: StepLedger | None = None,
     sensors: dict[str, Any] | None = None,
     family: FamilyRecord | None = None,
@@ -85,6 +86,8 @@ def encode_record(
         body["outbox_since"] = outbox_since
     if skip:
         body["skip"] = skip
+    if ahead:
+        body["ahead"] = list(ahead.items())
     if steps:
         body["steps"] = steps.encoded()
     if sensors:

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from secrets import token_hex
 from typing import Any
@@ -63,6 +64,7 @@ from foundation_nats.bus.streams import (
 )
 from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED
 from foundation_nats.bus.wire import Message
+from foundation_nats.cluster.events import Events
 from foundation_nats.consensus.replicas import Replicas
 from foundation_nats.errors import (
     BusError,
@@ -93,6 +95,7 @@ from foundation_schemas import (
 )
 
 _CLAIM_ROUNDS = 8
+_LOST = ("node_down", "worker_died")
 _COMMITS_MAX = 32
 _CLEAR_AFTER_S = 0.5
 _SWEEPS = 2
@@ -101,6 +104,21 @@ _STOP_MARGIN_S = 2.0
 _ANNOUNCE_AFTER_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 _BUCKET_PATIENCE_S = 1.0
 """How long the state bucket may be missing before that counts."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a worker has done since it began."""
+
+    handled: int = 0
+    """Signals that took effect in memory; their commits follow."""
+    answered: int = 0
+    """Questions."""
+    given_up: int = 0
+    """Signals that became dead letters."""
+    commits: int = 0
+    failovers: int = 0
+    """Agents that were taken over from a node or a worker that had died."""
 
 
 class Runtime:
@@ -140,7 +158,8 @@ class Runtime:
         )
         self.attempts: dict[str, tuple[int, int]] = {}
         self.trace = Trace()
-        self._guards = Guards()
+        self._guards = Guards(Events(host.bus, host.subjects, f"worker:{host.worker}").emit)
+        self.counts = Counts()
         self._offload = Offload(
             threads_max=config.worker.threads_max,
             processes_max=config.worker.processes_max,
@@ -332,6 +351,15 @@ class Runtime:
                 found[item.id] = known
         return found
 
+    def counters(self) -> dict[str, int]:
+        """What was done since this worker began, by name."""
+        return asdict(self.counts)
+
+    def breakers(self) -> dict[str, str]:
+        """The breakers of handlers' calls that have ever opened, to their states."""
+        now = monotonic()
+        return {item.name: str(item.state(now)) for item in self._guards.watched() if item.opened}
+
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind each *run* here."""
         return [self.blackbox.call(describe, run, **importing(run)._asdict()) for run in runs]
@@ -481,6 +509,7 @@ class Runtime:
             outbox=outbox,
             recovered=recovered if stored or not agent.durable else None,
             skip=stored.skip if stored else [],
+            ahead=dict(stored.ahead) if stored else {},
             steps=StepLedger(stored.steps, bytes_max=self.steps_max_bytes)
             if stored and stored.steps
             else None,
@@ -513,6 +542,7 @@ class Runtime:
             attempt=self.attempts.get(record.id) if attempt is not None else None,
             outbox_since=activation.recovered_at,
             skip=activation.skip,
+            ahead=activation.ahead,
             steps=activation.step_ledger,
             sensors=activation.positions,
             family=agent.ctx._family_kept,
@@ -553,6 +583,8 @@ class Runtime:
     async def _take_over(self, activations: list[Activation]) -> None:
         """Subscribe first, catch up second; then begin."""
         for activation in activations:
+            origin = activation.recovered
+            self.counts.failovers += origin is not None and origin.reason in _LOST
             self._activations[activation.id] = activation
             self._fingerprint ^= mark(activation.id, activation.epoch)
             activation.route = self.bus.subscribe(

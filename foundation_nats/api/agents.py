@@ -30,6 +30,7 @@ from foundation_schemas import (
     AgentSpec,
     AgentStatus,
     Deployment,
+    RateLimit,
     RestartLimit,
     StateRecord,
     StepRecord,
@@ -64,6 +65,7 @@ class Agents:
         config: dict[str, Any] | None = None,
         restart: str | None = None,
         restart_limit: RestartLimit | dict[str, Any] | None = None,
+        rate: RateLimit | dict[str, Any] | None = None,
         reservation: str | Reservation | None = None,
         labels: dict[str, str] | None = None,
         subscribe: Collection[str | Subscription] = (),
@@ -79,6 +81,7 @@ class Agents:
             run: the class, or ``"module:Class"`` as the nodes can import it.
             on_node_loss: ``restart``, ``unavailable`` or ``stop``, or ``{"policy": …, "grace_s": 30}``.
             restart_limit: more restarts than ``{"max_restarts": 3, "within_s": 60}`` and it is left alone.
+            rate: how fast it takes in what it is sent: ``{"per_s": 100, "burst": 10, "per_sender": 5}``.
             reservation: of `cluster.resources.reserve`: the agent starts on its node, and it
                 becomes the agent's share. If it has expired, or the node can't run the
                 agent, the agent is placed like any other.
@@ -103,6 +106,7 @@ class Agents:
                 "config": config,
                 "restart": restart,
                 "restart_limit": restart_limit,
+                "rate": rate,
                 "reservation": reservation.id
                 if isinstance(reservation, Reservation)
                 else reservation,

@@ -8,11 +8,12 @@ fails at the server says nothing about the agent. The decisions are in `base/res
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from foundation_nats.agent.breaking import Emit, Watched
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.resilience import Breaker, BreakerState
 from foundation_nats.errors import (
@@ -22,11 +23,20 @@ from foundation_nats.errors import (
     BreakerOpenError,
     ConfigError,
 )
+from foundation_schemas.base import WireModel
+
+if TYPE_CHECKING:
+    from foundation_nats.api.cluster import Cluster
 
 KEPT_MAX = 10_000
 """Targets; the one that was asked longest ago is forgotten first."""
 
-Emit = Callable[..., None]
+_EVENTS_MAX = 2000
+_STATES = {
+    "opened": BreakerState.OPEN,
+    "half_open": BreakerState.HALF_OPEN,
+    "closed": BreakerState.CLOSED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +66,21 @@ class BreakerInfo:
     """How often it has opened."""
 
 
-class _One:
-    __slots__ = ("breaker", "opened", "refused", "rule", "shown")
+class ReportedBreaker(WireModel):
+    """A breaker as its process has last told of it; the JSON of ``foundation breakers``."""
 
-    def __init__(self, rule: BreakerRule) -> None:
-        self.rule = rule
-        self.breaker = Breaker(
-            failures=rule.failures, window_s=rule.window_s, pause_s=rule.pause_s, probes=rule.probes
-        )
-        self.refused = 0
-        self.opened = 0
-        self.shown = BreakerState.CLOSED
+    source: str
+    """The client, or the worker."""
+    target: str
+    """Who is not asked, or what is not called."""
+    kind: str
+    """``ask`` where agents are asked, ``call`` for `ctx.breaker` and `cluster.guards`."""
+    state: BreakerState
+    since: str
+    opened: int
+    """How often it has opened."""
+    refused: int
+    """What it has not let through, by then."""
 
 
 class Breakers:
@@ -74,16 +88,14 @@ class Breakers:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._known: OrderedDict[str, _One] = OrderedDict()
+        self._known: OrderedDict[str, tuple[BreakerRule, Watched]] = OrderedDict()
 
     def list(self) -> list[BreakerInfo]:
         """All, by target."""
         now = monotonic()
         return [
-            BreakerInfo(
-                target, one.breaker.state(now), one.breaker.retry_in(now), one.refused, one.opened
-            )
-            for target, one in sorted(self._known.items())
+            BreakerInfo(target, one.state(now), one.retry_in(now), one.refused, one.opened)
+            for target, (_, one) in sorted(self._known.items())
         ]
 
     @contextmanager
@@ -95,10 +107,9 @@ class Breakers:
             ConfigError: a number of *rule* is wrong.
         """
         one = self._one(target, rule)
-        permit = one.breaker.begin(monotonic())
+        permit = one.begin(monotonic())
         if permit is None:
-            one.refused += 1
-            wait = one.breaker.retry_in(monotonic())
+            wait = one.retry_in(monotonic())
             raise BreakerOpenError(
                 f"{target} has not answered too often and is not asked for {wait:.1f} s.",
                 hint="`cluster.breakers()` shows it. Signals sent with `send` wait for the agent.",
@@ -108,45 +119,59 @@ class Breakers:
         try:
             yield
         except (AskTimeoutError, AgentUnavailableError):
-            one.breaker.end(permit, monotonic(), ok=False)
+            one.end(permit, monotonic(), ok=False)
             raise
         except AgentError:
-            one.breaker.end(permit, monotonic(), ok=True)
+            one.end(permit, monotonic(), ok=True)
             raise
         except BaseException:
-            one.breaker.abandon(permit)
+            one.abandon(permit)
             raise
         else:
-            one.breaker.end(permit, monotonic(), ok=True)
-        finally:
-            self._tell(target, one)
+            one.end(permit, monotonic(), ok=True)
 
-    def _one(self, target: str, rule: BreakerRule) -> _One:
-        one = self._known.get(target)
-        if one is None or one.rule != rule:
+    def _one(self, target: str, rule: BreakerRule) -> Watched:
+        known = self._known.get(target)
+        if known is None or known[0] != rule:
             try:
-                one = self._known[target] = _One(rule)
+                breaker = Breaker(
+                    failures=rule.failures,
+                    window_s=rule.window_s,
+                    pause_s=rule.pause_s,
+                    probes=rule.probes,
+                )
             except ValueError as error:
                 raise ConfigError(f"A breaker of {target}: {error}.") from error
+            known = self._known[target] = rule, Watched(target, breaker, self._emit, kind="ask")
             if len(self._known) > KEPT_MAX:
                 self._known.popitem(last=False)
         self._known.move_to_end(target)
-        return one
+        return known[1]
 
-    def _tell(self, target: str, one: _One) -> None:
-        state = one.breaker.state(monotonic())
-        if state is one.shown or state is BreakerState.HALF_OPEN:
-            return
-        one.shown = state
-        data: dict[str, Any] = {"target": target, "refused": one.refused}
-        if state is BreakerState.OPEN:
-            one.opened += 1
-            text = (
-                f"{target} does not answer: it is not asked for {one.rule.pause_s:g} s or longer."
-            )
-            self._emit("breaker", "opened", text, **data)
-        else:
-            self._emit("breaker", "closed", f"{target} answers again.", **data)
+
+async def reported(cluster: Cluster) -> list[ReportedBreaker]:
+    """What clients and workers have told of their breakers, the newest word of each; by name.
+
+    Raises:
+        BusTimeoutError, BusUnavailableError
+    """
+    found: dict[tuple[str, str, str], ReportedBreaker] = {}
+    for event in await cluster.events.list(topic="breaker", limit=_EVENTS_MAX):
+        state = _STATES.get(event.what)
+        if state is None:
+            continue
+        data = event.data
+        one = ReportedBreaker(
+            source=event.source,
+            target=str(data.get("target")),
+            kind=str(data.get("kind", "ask")),
+            state=state,
+            since=event.at,
+            opened=int(data.get("opened", 0)),
+            refused=int(data.get("refused", 0)),
+        )
+        found[one.source, one.kind, one.target] = one
+    return [one for _, one in sorted(found.items())]
 
 
 def rule_of(breaker: bool | BreakerRule | None) -> BreakerRule | None:

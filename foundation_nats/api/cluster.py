@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
@@ -14,9 +13,17 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from foundation_nats.agent.guards import Guards
 from foundation_nats.agent.signal import Payload, typed
 from foundation_nats.api.agents import Agents
-from foundation_nats.api.breakers import BreakerInfo, BreakerRule, Breakers, rule_of
+from foundation_nats.api.breakers import (
+    BreakerInfo,
+    BreakerRule,
+    Breakers,
+    ReportedBreaker,
+    reported,
+    rule_of,
+)
 from foundation_nats.api.consensus import Consensus
 from foundation_nats.api.deployments import Deployments
 from foundation_nats.api.leases import Leases
@@ -53,13 +60,23 @@ from foundation_nats.errors import (
     BusTimeoutError,
     ConfigError,
     DecodeError,
+    FoundationError,
     NoRespondersError,
 )
 from foundation_nats.observe.why import Story
 from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.signaling.publisher import Publisher
+from foundation_nats.signaling.receivers import Given, pick, receivers
 from foundation_nats.signaling.schedules import deadline_text
-from foundation_schemas import AgentStatus, ClusterEvent, LeaseRecord, Receipt, Target, TargetKind
+from foundation_schemas import (
+    AgentRecord,
+    AgentStatus,
+    ClusterEvent,
+    LeaseRecord,
+    Receipt,
+    Target,
+    TargetKind,
+)
 from foundation_schemas.signal import check_attempts
 
 _ASK_AGAIN_S = 0.05
@@ -89,6 +106,8 @@ class Cluster:
         self._desired_state: Desired | None = None
         self._changes: NodeChanges | None = None
         self._failovers: Route | None = None
+        self._load_wanted: asyncio.Task[None] | None = None
+        self._given = Given()
         self._events = ClusterEvents(bus, self.subjects, f"client:{name}")
         self.client_name = name
         self._opening = asyncio.Lock()
@@ -104,6 +123,8 @@ class Cluster:
         self.resources = Resources(self)
         self.signals = Signals(self)
         self._breakers = Breakers(self._emit)
+        self.guards = Guards(self._emit)
+        """Limits and breakers for calls of this client's own, as handlers have them in `ctx`."""
 
     @classmethod
     def connect(
@@ -190,6 +211,7 @@ class Cluster:
         ttl: float | None = None,
         deadline: datetime | None = None,
         attempts: int | None = None,
+        urgent: bool = False,
     ) -> Receipt:
         """Store a signal; it is durable once this returns.
 
@@ -197,8 +219,8 @@ class Cluster:
         signal waits for its receiver. A repeat with the same *id* takes effect once. What is not
         handled within *ttl* seconds, or by *deadline*, is not handled any more but a dead letter
         with the code ``expired``. *attempts* (1 to 100) is how often its handling is tried, else it is
-        as the node is set. For later and again and again: `signals.schedule`; to be told
-        what became of it: `signals.send_supervised`.
+        as the node is set. What is *urgent* overtakes what waits and is not. For later and again and
+        again: `signals.schedule`; to be told what became of it: `signals.send_supervised`.
 
         Raises:
             ConfigError: *target* or *type* is wrong, or *data* is not JSON.
@@ -220,6 +242,7 @@ class Cluster:
                 timeout=timeout,
                 deadline=until,
                 attempts=check_attempts(attempts),
+                urgent=urgent,
             )
         except TypeError as error:
             raise ConfigError(f"The data of {type} can't be sent: {error}.") from error
@@ -256,7 +279,8 @@ class Cluster:
 
         At most once: the agent handles the question once or not at all, and
         what it changed is stored before the answer. ``any:`` and
-        ``capability:`` ask one running agent that provides it. After *deadline* it is not
+        ``capability:`` ask one running agent that provides it, on the least loaded node as
+        far as heartbeats have said, and which this client has asked least lately. After *deadline* it is not
         begun, by the clock of the agent's machine; without one it may still be handled
         when nobody waits any more. `signals.ask_all` asks many, `ask_stream` gets many items.
 
@@ -312,6 +336,16 @@ class Cluster:
     def breakers(self) -> list[BreakerInfo]:
         """The circuit breakers of this client: those of targets that were asked with one."""
         return self._breakers.list()
+
+    async def reported_breakers(self) -> list[ReportedBreaker]:
+        """The breakers of all clients and workers that have ever opened, as their events tell.
+
+        The newest word of each; a process that has ended says nothing more.
+
+        Raises:
+            BusTimeoutError, BusUnavailableError
+        """
+        return await reported(self)
 
     async def ask_stream(
         self,
@@ -482,14 +516,36 @@ class Cluster:
                 "Only one agent can be asked: name it, or use any:CAPABILITY.",
                 hint="`cluster.signals.ask_all` asks many.",
             )
-        if target.kind is TargetKind.DEPLOYMENT:
-            found = await self.agents.list(deployment=target.name)
-        else:
-            found = await self.agents.find(target.name)
-        running = [info.id for info in found if info.is_running]
+        registry = await self._open_registry()
+        if self._changes is None and self._load_wanted is None:
+            # Heartbeats say how busy nodes are; the first questions don't wait for them.
+            scope = await self._open_scope()
+            self._load_wanted = scope.start(self._hear_of_load(), "load")
+        running = [
+            held
+            for held in receivers(registry, target.kind, target.name)
+            if held.record.status is AgentStatus.RUNNING
+        ]
         if not running:
             raise AgentUnavailableError(f"No running agent is behind {target}.")
-        return random.choice(running)
+        agent = pick(running, token_hex(8), self._place_load)
+        self._given.add(agent, monotonic())
+        return agent
+
+    async def _hear_of_load(self) -> None:
+        try:
+            await self._open_changes()
+        except FoundationError:
+            self._load_wanted = None  # the next question tries again
+
+    def _place_load(self, record: AgentRecord) -> float:
+        """Signals that wait on an agent's node, per agent there, and what this client gave it lately."""
+        node = None
+        if self._changes is not None and record.node is not None:
+            node = self._changes.view().nodes.get(record.node)
+        load = None if node is None else node.load
+        place = 0.0 if load is None else load.backlog / max(1, load.agents)
+        return round(place + self._given.lately(record.id, monotonic()), 2)
 
     # ---- where agents run ---------------------------------------------------------
 

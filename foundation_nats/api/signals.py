@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,8 @@ class Outgoing:
     data: Any = None
     id: str | None = None
     ttl: float | None = None
+    attempts: int | None = None
+    urgent: bool = False
 
 
 @dataclass(slots=True)
@@ -121,31 +123,72 @@ class Signals:
         Raises:
             ConfigError: *in_flight* is below 1.
         """
+        found = self.send_each(signals, in_flight=in_flight, timeout=timeout)
+        return [result async for result in found]
+
+    async def send_each(
+        self,
+        signals: Iterable[Outgoing | tuple[Any, ...]] | AsyncIterable[Outgoing | tuple[Any, ...]],
+        *,
+        in_flight: int = _IN_FLIGHT,
+        timeout: float = 10.0,
+    ) -> AsyncGenerator[Receipt | FoundationError, None]:
+        """`send_many` for input without end: ``async for result in …``, in the order of the signals.
+
+        No more is taken of *signals* than *in_flight* beyond what was read of the results, so memory
+        is bounded by it. To leave early, `aclose` the iterator (``contextlib.aclosing``): what was
+        under way may be stored.
+
+        Raises:
+            ConfigError: *in_flight* is below 1.
+        """
         if in_flight < 1:
             raise ConfigError(f"in_flight must be at least 1, not {in_flight}.")
-        results: dict[int, Receipt | FoundationError] = {}
-        source = _numbered(signals)
-        taking = asyncio.Lock()
+        sent: asyncio.Queue[asyncio.Task[Receipt | FoundationError] | None]
+        sent = asyncio.Queue()
+        room = asyncio.Semaphore(in_flight)
 
-        async def work() -> None:
-            while True:
-                async with taking:
-                    taken = await anext(source, None)
-                if taken is None:
-                    return
-                number, item = taken
-                try:
-                    one = item if isinstance(item, Outgoing) else Outgoing(*item)
-                    results[number] = await self._cluster.send(
-                        one.target, one.type, one.data, id=one.id, ttl=one.ttl, timeout=timeout
-                    )
-                except FoundationError as error:
-                    results[number] = error
-                except TypeError as error:
-                    results[number] = ConfigError(f"Signal {number} of send_many: {error}.")
+        async def feed() -> None:
+            try:
+                async for number, item in _numbered(signals):
+                    await room.acquire()
+                    work = self._send_one(number, item, timeout)
+                    sent.put_nowait(asyncio.ensure_future(work))
+            finally:
+                sent.put_nowait(None)
 
-        await asyncio.gather(*(work() for _ in range(in_flight)))
-        return [results[number] for number in sorted(results)]
+        feeding = asyncio.ensure_future(feed())
+        try:
+            while (task := await sent.get()) is not None:
+                result = await task
+                room.release()
+                yield result
+            await feeding  # it may have raised what *signals* raised
+        finally:
+            tasks = [feeding]
+            while not sent.empty():
+                tasks.append(sent.get_nowait())  # type: ignore[arg-type]
+            for left in filter(None, tasks):
+                left.cancel()
+            await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+    async def _send_one(self, number: int, item: Any, timeout: float) -> Receipt | FoundationError:
+        try:
+            one = item if isinstance(item, Outgoing) else Outgoing(*item)
+            return await self._cluster.send(
+                one.target,
+                one.type,
+                one.data,
+                id=one.id,
+                ttl=one.ttl,
+                timeout=timeout,
+                attempts=one.attempts,
+                urgent=one.urgent,
+            )
+        except FoundationError as error:
+            return error
+        except TypeError as error:
+            return ConfigError(f"Signal {number} of send_many: {error}.")
 
     async def ask_all(
         self,
@@ -155,12 +198,14 @@ class Signals:
         *,
         quorum: int | float | None = None,
         timeout: float = 5.0,
+        deadline: datetime | None = None,
     ) -> Answers:
         """Ask everybody behind *target* and gather the replies, each agent's or why it has none.
 
         Returns once all have answered or failed, at the latest after *timeout*; with a *quorum*
-        (a number, or a share such as ``0.51``) as soon as so many have answered.
-        Each handles the question at most once; who is left out may have handled it.
+        (a number, or a share such as ``0.51``) as soon as so many have answered, or so many have failed
+        that there can't be. Each handles the question at most once, and does not begin it after
+        *timeout*, or *deadline* if that is earlier; who is left out may have handled it.
 
         Raises:
             QuorumError: too few have answered; `details` has ``results`` and ``errors``.
@@ -172,25 +217,36 @@ class Signals:
         answers = Answers(agents)
         enough = asyncio.Event()
         until = utc_now() + timedelta(seconds=timeout)
+        if deadline is not None:
+            if deadline.tzinfo is None:
+                raise ConfigError(f"The deadline {deadline} has no time zone.")
+            until = min(until, deadline)
+            timeout = max(0.0, (until - utc_now()).total_seconds())
         room = asyncio.Semaphore(_ASKED_AT_ONCE)
-        deadline = monotonic() + timeout
+        ends = monotonic() + timeout
 
         async def ask(agent: str) -> None:
             async with room:
-                left = max(0.01, deadline - monotonic())
+                left = max(0.01, ends - monotonic())
                 try:
                     answers.results[agent] = await self._cluster.ask(
-                        f"agent:{agent}", type, data, timeout=left
+                        f"agent:{agent}", type, data, timeout=left, deadline=until
                     )
                 except FoundationError as error:
                     answers.errors[agent] = error
             done = len(answers.results) + len(answers.errors)
-            if done >= len(agents) or (quorum is not None and len(answers.results) >= needed):
+            if done >= len(agents) or is_decided():
                 enough.set()
 
-        tasks = [asyncio.ensure_future(ask(agent)) for agent in agents]
-        if not agents:
+        def is_decided() -> bool:
+            """Whether the quorum is there, or can't be any more."""
+            possible = len(agents) - len(answers.errors)
+            return quorum is not None and (len(answers.results) >= needed or possible < needed)
+
+        if not agents or is_decided():
             enough.set()
+        asked = [] if enough.is_set() else agents
+        tasks = [asyncio.ensure_future(ask(agent)) for agent in asked]
         try:
             async with asyncio.timeout(timeout):
                 await enough.wait()
@@ -200,15 +256,17 @@ class Signals:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        is_over = monotonic() >= ends
         for agent in answers.missing:
+            when = f"by {until:%H:%M:%S}Z" if is_over else "when that was decided"
             answers.errors.setdefault(
-                agent,
-                AskTimeoutError(f"{agent} had not answered by {until:%H:%M:%S}Z.", agent=agent),
+                agent, AskTimeoutError(f"{agent} had not answered {when}.", agent=agent)
             )
         if quorum is not None and len(answers.results) < needed:
             raise QuorumError(
-                f"{len(answers.results)} of {len(agents)} behind {target} have answered within "
-                f"{timeout:g} s; {needed} are needed.",
+                f"{len(answers.results)} of {len(agents)} behind {target} have answered"
+                + (f" within {timeout:g} s" if is_over else "")
+                + f"; {needed} are needed.",
                 hint="The details have each agent's answer or error.",
                 results=dict(answers.results),
                 errors={agent: str(error) for agent, error in answers.errors.items()},

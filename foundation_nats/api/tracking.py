@@ -234,7 +234,8 @@ async def _settle(cluster: Cluster, deliveries: dict[str, Delivery]) -> None:
         except ValueError:
             record = {}
         sequence = item.sequence or 0
-        is_handled = int(record.get("cursor", 0)) >= sequence
+        is_ahead = any(number == sequence for number, _ in record.get("ahead", ()))
+        is_handled = is_ahead or int(record.get("cursor", 0)) >= sequence
         if not record and trace:
             is_handled = True  # it keeps no record
         if not is_handled:

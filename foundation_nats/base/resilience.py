@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from enum import StrEnum
 
+_ROUNDING = 1e-9
+"""Of a token: who has waited as long as was said may go."""
 _LONGEST = 8
 """Times the first pause: an open breaker never rests longer."""
 
@@ -121,14 +123,19 @@ class TokenBucket:
 
     def take(self, now: float, *, within_s: float = 0.0) -> float | None:
         """How long to wait before the call, which is counted; None: longer than *within_s*, not counted."""
-        if self._at is not None:
-            self._tokens = min(self._burst, self._tokens + max(0.0, now - self._at) * self._rate)
-        self._at = now
-        wait = max(0.0, (1.0 - self._tokens) / self._rate)
+        wait = self.wait_s(now)
         if wait > within_s:
             return None
         self._tokens -= 1.0
         return wait
+
+    def wait_s(self, now: float) -> float:
+        """How long a call must wait; it is not counted."""
+        if self._at is not None:
+            self._tokens = min(self._burst, self._tokens + max(0.0, now - self._at) * self._rate)
+        self._at = now
+        missing = 1.0 - self._tokens
+        return 0.0 if missing <= _ROUNDING else missing / self._rate
 
 
 def backoff_s(attempt: int, chance: float, *, first_s: float = 0.1, most_s: float = 10.0) -> float:

@@ -25,7 +25,7 @@ def declared(item: Deployment, info: ClassInfo) -> Deployment:
         "subscribe": [*info.subscribe, *(s for s in spec.subscribe if s not in info.subscribe)],
         "placement": _placement(spec, info),
     }
-    for key in ("restart", "restart_limit", "on_node_loss"):
+    for key in ("restart", "restart_limit", "rate", "on_node_loss"):
         found = getattr(info, key)
         if key not in said and found is not None:
             update[key] = found

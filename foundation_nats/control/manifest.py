@@ -36,6 +36,7 @@ from foundation_schemas import (
     NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
+    RateLimit,
     RestartLimit,
     UpdatePolicy,
     WhenUnsatisfiable,
@@ -72,6 +73,7 @@ AGENT_KEYS = (
     "config",
     "restart",
     "restart_limit",
+    "rate",
     "labels",
     "subscribe",
 )
@@ -251,6 +253,8 @@ class _Parser:
             spec["restart"] = self._choice(item, "restart", RESTART_WORDS)
         if item.get("restart_limit") is not None:
             spec["restart_limit"] = self._section(item, "restart_limit", RestartLimit)
+        if item.get("rate") is not None:
+            spec["rate"] = self._section(item, "rate", RateLimit)
         if item.get("config") is not None:
             spec["config"] = self._config(item)
         if item.get("labels") is not None:

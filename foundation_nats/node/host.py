@@ -132,6 +132,7 @@ class Host:
         self._suspects: dict[str, tuple[int, str]] = {}
         """Agents whose handler ended its worker: id to (sequence of the signal, how it ended)."""
         self._loads: dict[str, Load] = {}
+        self._figures: dict[str, tuple[dict[str, int], dict[str, str]]] = {}
         self._unstopped: dict[str, dict[str, int]] = {}
         """Worker to agents that it may still hold and must not (id to epoch)."""
         self._orders: dict[str, asyncio.Lock] = {}
@@ -189,6 +190,21 @@ class Host:
             lag_ms=max((load.lag_ms for load in loads), default=0.0),
         )
 
+    def figures(self) -> dict[str, tuple[dict[str, int], dict[str, str]]]:
+        """Worker to its counters and its breakers, as it last said."""
+        return {id: self._figures[id] for id in self._workers.ids if id in self._figures}
+
+    def statuses(self) -> dict[str, int]:
+        """How many of this node's agents are in which condition."""
+        found: dict[str, int] = {}
+        for agent in list(self._placed):
+            held = self._registry.get(agent)
+            if held is not None and held.record.node == self._node:
+                record = held.record
+                status = str(AgentStatus.HIBERNATED if record.hibernates else record.status)
+                found[status] = found.get(status, 0) + 1
+        return found
+
     # ---- events -------------------------------------------------------------------
 
     def _on_change(self, agent: str, held: Held | None) -> None:
@@ -202,6 +218,7 @@ class Host:
             return
         self._workers.heard(report.worker)
         self._loads[report.worker] = report.load
+        self._figures[report.worker] = report.counters, report.breakers
         self._seen[report.worker] = report.fingerprint
         forgetful = [
             agent
@@ -268,6 +285,7 @@ class Host:
     def _forget_worker(self, worker: str) -> None:
         """What was on its way to a dead process is lost, and so is what it had."""
         self._loads.pop(worker, None)
+        self._figures.pop(worker, None)
         self._seen.pop(worker, None)
         self._doubted.pop(worker, None)
         self._unstopped.pop(worker, None)

@@ -93,6 +93,12 @@ class Workload(Protocol):
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Agent to (cursor, signals consumed) where they moved since the last call, for trimming."""
 
+    def counters(self) -> dict[str, int]:
+        """What it has done since it began, by name; for metrics."""
+
+    def breakers(self) -> dict[str, str]:
+        """The circuit breakers that have ever opened, to their states; for metrics."""
+
     def describe(self, runs: Sequence[str]) -> list[ClassInfo]:
         """What is behind ``module:Class`` in this process."""
 

@@ -51,6 +51,7 @@ from foundation_nats.node.blackbox import Suspect, importing
 from foundation_nats.node.busiest import together
 from foundation_nats.node.capacity import detected
 from foundation_nats.node.host import Host
+from foundation_nats.node.metrics import Metrics
 from foundation_nats.node.preparing import discard
 from foundation_nats.node.spawning import WORKER_MODULE, Child, worker_count
 from foundation_nats.node.trimmer import Trimmer
@@ -116,6 +117,8 @@ class NodeOptions:
     are found out (`capacity.detected`); agents count only for what they say they need."""
     log_level: str = "info"
     log_json: bool = False
+    metrics: str | None = None
+    """``HOST:PORT`` where Prometheus finds the node's metrics; None: nowhere."""
 
     def checked_name(self) -> str:
         """The name.
@@ -183,6 +186,7 @@ class NodeManager:
         self._reload_lock = asyncio.Lock()
         self._has_left = False
         self._micro: MicroService | None = None
+        self._metrics: Metrics | None = None
         self._draining = False
         self._cpu = self._memory = 0.0
         self._load_at = 0.0
@@ -297,6 +301,11 @@ class NodeManager:
             emit=membership.emit,
         )
         scope.start(rerouter.run(), "rerouter")
+        if self._options.metrics is not None:
+            dead = StreamReader(bus, self._subjects.dead_stream)
+            self._metrics = Metrics(self.name, self._host, self._load, lambda: controller.is_leader)
+            self._metrics.serve(self._options.metrics)
+            scope.start(self._metrics.count_dead(dead), "metrics")
         self._log.info("node is up", incarnation=joined.incarnation, workers=len(self._worker_ids))
 
     def _announce(self, bus: Bus) -> MicroService:
@@ -645,6 +654,8 @@ class NodeManager:
             self._validity.close()
         if self._micro is not None:
             self._micro.close()
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
         await self._workers.close()
         if self._scope is not None:
             await self._scope.close()

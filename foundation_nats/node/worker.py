@@ -240,6 +240,8 @@ class Worker:
                     backlog=self._workload.backlog(),
                     lag_ms=round(self._lag_s * 1000, 1),
                 ),
+                counters=self._workload.counters(),
+                breakers=self._workload.breakers(),
             )
             try:
                 await rpc.tell(self._bus, subject, report, timeout=2.0)

@@ -53,6 +53,7 @@ def encode_envelope(
     attempts: int | None = None,
     onerror: str | None = None,
     replyto: str | None = None,
+    urgent: bool = False,
 ) -> bytes:
     """A CloudEvents 1.0 envelope in structured mode.
 
@@ -80,4 +81,6 @@ def encode_envelope(
         body["onerror"] = onerror
     if replyto is not None:
         body["replyto"] = replyto
+    if urgent:
+        body["urgent"] = True
     return to_json(body)

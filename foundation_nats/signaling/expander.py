@@ -46,7 +46,7 @@ from foundation_nats.errors import (
 from foundation_nats.signaling.burial import bury, content
 from foundation_nats.signaling.evidence import SAFE_SHARE, is_stored, server_now
 from foundation_nats.signaling.pulling import NAK_S, Puller, delivered, stored_at
-from foundation_nats.signaling.receivers import LoadOf, pick, receivers, subscribers
+from foundation_nats.signaling.receivers import Given, LoadOf, pick, receivers, subscribers
 from foundation_schemas import TargetKind
 from foundation_schemas.base import is_name
 
@@ -54,8 +54,6 @@ ANY_HEADER = "Fnd-Any"
 """On the copy of a signal for one of several: what it was for, and the name of the choice."""
 PICK_TTL_S = 3600.0
 _FRESH_S = 3.0
-_RECENT_S = 5.0
-_RECENT_MAX = 10_000
 
 
 def pick_name(key: str) -> str:
@@ -110,8 +108,7 @@ class Expander:
         self._picks = Bucket(bus, subjects, "coordination")
         self._signals = StreamReader(bus, subjects.signals_stream)
         self._place_load = load_of
-        self._recent: dict[str, tuple[float, float]] = {}
-        """Agent to (when, how many) of the signals given to it lately, by this node."""
+        self._given = Given()
         self._subscribed: dict[str, Held] = {}
         """The agents that subscribe to anything."""
         registry.subscribe(self._on_change)
@@ -199,21 +196,14 @@ class Expander:
             entry = await self._picks.read(pick_name(key))
             if entry is not None and entry.value is not None:
                 return read_choice(entry.value)
-        now = monotonic()
-        if len(self._recent) >= _RECENT_MAX:
-            self._recent.clear()
-        self._recent[choice] = now, self._lately(choice, now) + 1.0
+        self._given.add(choice, monotonic())
         return choice, 0
-
-    def _lately(self, agent: str, now: float) -> float:
-        at, count = self._recent.get(agent, (now, 0.0))
-        return float(count * 0.5 ** ((now - at) / _RECENT_S))
 
     def _load(self, agent: str, node: str | None) -> float:
         held = self._registry.get(agent)
         place = 0.0 if held is None else self._place_load(held.record)
         # What another node has given out lately is not known here; its effect on the place is.
-        return round(place + self._lately(agent, monotonic()), 2)
+        return round(place + self._given.lately(agent, monotonic()), 2)
 
     async def _copy(
         self, message: Message, copies: dict[str, dict[str, str]], key: str

@@ -76,6 +76,7 @@ class Publisher:
         timer: Timer | None = None,
         attempts: int | None = None,
         replyto: str | None = None,
+        urgent: bool = False,
     ) -> Receipt:
         """Store a signal for *target*; with *timer* for later, under its id as the timer's name.
 
@@ -101,6 +102,7 @@ class Publisher:
             deadline=deadline,
             attempts=attempts,
             replyto=replyto,
+            urgent=urgent,
         )
         msg_id = message_id(name, self.source, signal_id)
         headers = None

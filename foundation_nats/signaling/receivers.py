@@ -21,8 +21,29 @@ from foundation_schemas.label import parse_expression
 
 _RANK = {AgentStatus.RUNNING: 0, AgentStatus.STARTING: 1, AgentStatus.MOVING: 1}
 
+_GIVEN_HALF_S = 5.0
+_GIVEN_MAX = 10_000
+
 LoadOf = Callable[[AgentRecord], float]
 """How much an agent has to do; lower is better."""
+
+
+class Given:
+    """How much was given to each agent lately, by whoever keeps this: what it has not shown yet."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, float]] = {}
+
+    def add(self, agent: str, now: float) -> None:
+        """One more."""
+        if len(self._known) >= _GIVEN_MAX:
+            self._known.clear()
+        self._known[agent] = now, self.lately(agent, now) + 1.0
+
+    def lately(self, agent: str, now: float) -> float:
+        """How many; of those of five seconds ago, half."""
+        at, count = self._known.get(agent, (now, 0.0))
+        return float(count * 0.5 ** ((now - at) / _GIVEN_HALF_S))
 
 
 def receivers(registry: Registry, kind: str, name: str) -> list[Held]:

@@ -125,10 +125,14 @@ class Rerouter:
         subject = self._subjects.mailbox(agent)
         # A replica may answer: what it does not know yet is looked at the next time.
         messages, _ = await self._signals.page(subject, int(record.get("cursor", 0)) + 1)
+        # Urgent ones that were handled before those in front of them.
+        ahead = {number for number, _ in record.get("ahead", ())}
         moves = [
             (message, others)
             for message in messages
-            if ANY_HEADER in message.headers and (others := self._others(agent, message))
+            if message.sequence not in ahead
+            and ANY_HEADER in message.headers
+            and (others := self._others(agent, message))
         ]
         held = self._registry.get(agent)
         if not moves or held is None or not is_away(held.record):

@@ -84,6 +84,7 @@ class Emitted:
     """When it is sent first."""
     attempts: int | None = None
     on_error: str = ""
+    urgent: bool = False
     deadline: str | None = None
     """After it, it is not handled."""
 
@@ -623,6 +624,7 @@ class AgentHarness(Generic[A]):
                 None if emission.timer is None else emission.timer.due,
                 emission.attempts,
                 emission.on_error,
+                emission.urgent,
                 emission.deadline,
             )
             for emission in agent.ctx._emissions

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import orjson
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from foundation_schemas.base import AgentId, Capability, Name, NodeId, WireModel
 from foundation_schemas.label import parse_expression
@@ -84,6 +84,25 @@ class RestartLimit(WireModel):
 
     max_restarts: int = Field(default=3, ge=0)
     within_s: float = Field(default=60.0, gt=0)
+
+
+class RateLimit(WireModel):
+    """How fast an agent begins to handle what it is sent; see `foundation_nats.agent.intake`."""
+
+    per_s: float | None = Field(default=None, gt=0)
+    """So many signals and asks a second, all senders together; None: no limit."""
+    burst: float | None = Field(default=None, ge=1)
+    """So many at once, after a rest; as many as a second has, at least 1, unless given."""
+    per_sender: float | None = Field(default=None, gt=0)
+    """So many a second, and at once, of each source; None: no limit."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RateLimit:
+        if self.per_s is None and self.per_sender is None:
+            raise ValueError("say per_s, per_sender or both")
+        if self.burst is not None and self.per_s is None:
+            raise ValueError("burst belongs to per_s")
+        return self
 
 
 class WhenUnsatisfiable(StrEnum):
@@ -191,6 +210,8 @@ class AgentSpec(WireModel):
     """Of resources: where it still counts the agent starts there first, and it becomes its share."""
     restart_limit: RestartLimit | None = None
     """After more restarts within that time it is left alone, as after too many failed starts."""
+    rate: RateLimit | None = None
+    """How fast it takes in what it is sent; None: as fast as it can."""
     parent: ParentLink | None = None
     """Who started it, and what becomes of it when that one ends."""
 
@@ -231,7 +252,7 @@ class AgentSpec(WireModel):
         for key, blank in _LATER.items():
             if placement[key] == blank:
                 del placement[key]
-        for key in ("reservation", "labels", "subscribe", "restart_limit", "parent"):
+        for key in ("reservation", "labels", "subscribe", "restart_limit", "rate", "parent"):
             if not values[key]:
                 del values[key]
         raw = orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
@@ -455,6 +476,8 @@ class StateRecord(WireModel):
     outbox: list[OutboxEntry] = Field(default_factory=list)
     outbox_since: str = ""
     """The server's time of the record that first held this outbox, while it is being recovered."""
+    ahead: list[tuple[int, str]] = Field(default_factory=list)
+    """Urgent signals beyond the cursor that were handled, each with the time at which it was stored."""
     skip: list[int] = Field(default_factory=list)
     """Signals beyond the cursor that were given to another agent: see `signaling/rerouter.py`."""
     steps: list[StepRecord] = Field(default_factory=list)

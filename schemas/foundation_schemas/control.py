@@ -15,6 +15,7 @@ from foundation_schemas.agent import (
     NodeLoss,
     OnNodeLoss,
     PlacementPolicy,
+    RateLimit,
     RestartLimit,
     Subscription,
 )
@@ -103,6 +104,7 @@ class ClassInfo(WireModel):
     placement: PlacementPolicy | None = None
     restart: str | None = None
     restart_limit: RestartLimit | None = None
+    rate: RateLimit | None = None
     on_node_loss: OnNodeLoss | NodeLoss | None = None
 
 
@@ -169,6 +171,10 @@ class WorkerReport(WireModel):
     fingerprint: int = 0
     """Of what it has in memory, so that the manager sees when that is not what it should be."""
     load: Load = Load()
+    counters: dict[str, int] = Field(default_factory=dict)
+    """What it has done since it began."""
+    breakers: dict[str, str] = Field(default_factory=dict)
+    """Circuit breakers that have ever opened, to their states."""
 
 
 class InspectReply(WireModel):

@@ -150,6 +150,8 @@ class Envelope(WireModel):
     """The box that gets the handler's result in the commit of its effects; not of an ask."""
     attempts: int | None = Field(default=None, ge=1, le=ATTEMPTS_MAX)
     """How often its handling is tried; None: as the receiver's node is set."""
+    urgent: bool = False
+    """Handled before those in its mailbox that are not."""
     onerror: str | None = Field(default=None, max_length=TYPE_LENGTH_MAX)
     """The type of the signal that its sender, an agent, gets if it is given up."""
 

@@ -20,11 +20,17 @@ async def test_signals_for_later_are_set_listed_looked_up_and_cancelled() -> Non
     async with TestCluster(nodes=1, path=[str(AGENTS)]) as nodes:
         cluster = nodes.client
 
-        async def run(*arguments: str) -> tuple[int, str, str]:
+        async def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
             command = [sys.executable, "-m", "foundation_cli.main", *arguments]
             command += ["-s", nodes.server.url, "-c", "test"]
             done = await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=30, check=False
+                subprocess.run,
+                command,
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+                input=stdin,
             )
             return done.returncode, done.stdout, done.stderr
 
@@ -56,6 +62,14 @@ async def test_signals_for_later_are_set_listed_looked_up_and_cancelled() -> Non
         code, out, err = await run("send", "a", "counter.sing", "--wait-handled", "-o", "json")
         assert (code, json.loads(err)["error"]["code"]) == (1, "agent.unhandled_signal")
         assert (await run("send", *add, "--wait-handled", "--after", "1s"))[0] == 2
+        text = '{"amount": 1}\n\n{"amount": \n{"amount": 2}\n'
+        bulk = ("send", "b", "counter.add", "--lines", "--id", "bulk", "-o", "json")
+        code, out, err = await run(*bulk, stdin=text)
+        assert (code, json.loads(out)) == (1, {"stored": 2, "repeated": 0, "failed": 1})
+        assert "line 3: not JSON" in err
+        code, out, err = await run(*bulk, stdin=text.replace('{"amount": \n', "\n"))
+        assert (code, json.loads(out)) == (0, {"stored": 0, "repeated": 2, "failed": 0})
+        assert await cluster.ask("b", "counter.add", {"amount": -3}) == 0
         assert await cluster.ask("a", "counter.add", {"amount": -1}) == 1
         code, out, _ = await run("signal", "soon", "-o", "json")
         assert code == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from foundation_nats import Cluster
+from foundation_nats import AgentRef, Cluster
 from foundation_nats.api.breakers import BreakerRule
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.resilience import BreakerState
@@ -21,6 +21,7 @@ from foundation_nats.errors import (
     AgentUnavailableError,
     AskTimeoutError,
     BreakerOpenError,
+    BusError,
     ConfigError,
     HandlerError,
     UnhandledSignalError,
@@ -136,6 +137,56 @@ async def test_an_agent_that_is_stopped_ends_its_answer(nodes: TestCluster) -> N
     await stopping
 
 
+async def test_a_broker_that_dies_in_the_middle_truncates_nothing(nodes: TestCluster) -> None:
+    """Either all items come, or an error; what is kept is what was said to the end."""
+    cluster = nodes.client
+    seen: list[int] = []
+    agent = AgentRef(cluster, "t")
+    try:
+        async for item in agent.ask_stream("count", {"to": 400}, window=4, timeout=20):
+            seen.append(item)
+            if len(seen) == 50:
+                nodes.server.kill()
+                await nodes.server.restart()
+    except (AskTimeoutError, AgentUnavailableError, BusError):
+        assert seen == list(range(len(seen)))
+    else:
+        assert seen == list(range(400))
+
+    async def works_again() -> bool:
+        found = await cluster.ask("t", "look", timeout=5)
+        assert found["said"] in (0, 400)
+        assert found["said"] == (400 if found["finished"] else 0)
+        return True
+
+    await eventually(works_again, timeout=20)
+    assert [n async for n in agent.ask_stream("count", {"to": 3})] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_a_node_that_dies_in_the_middle_is_noticed() -> None:
+    """The asker gets an error, nothing of the answer is kept, and the next one comes from elsewhere."""
+    async with TestCluster(nodes=2, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        agent = await cluster.agents.start("talker:Talker", id="t", critical=True)
+        home = (await cluster.agents.get("t")).node
+        seen: list[int] = []
+        with pytest.raises((AskTimeoutError, AgentUnavailableError)):
+            async for item in agent.ask_stream("count", {"to": 100_000}, window=4, timeout=60):
+                seen.append(item)
+                if len(seen) == 50:
+                    nodes.nodes[home or ""].kill_all()
+        assert seen == list(range(len(seen)))
+
+        async def elsewhere() -> bool:
+            items = [n async for n in agent.ask_stream("count", {"to": 3}, timeout=5)]
+            assert (await cluster.agents.get("t")).node != home
+            return items == [0, 1, 2]
+
+        await eventually(elsewhere, timeout=30)
+        assert (await agent.ask("look"))["said"] == 3
+
+
 async def test_lines_in_a_shell(nodes: TestCluster) -> None:
     """`foundation ask --stream`: one line for each item."""
 
@@ -194,6 +245,6 @@ async def test_a_breaker_spares_who_does_not_answer(nodes: TestCluster) -> None:
     await cluster.ask("t", "look", breaker=rule)
     assert cluster.breakers()[0].state is BreakerState.CLOSED
     events = [event.what for event in await cluster.events.list(topic="breaker")]
-    assert events == ["opened", "closed"]
+    assert events == ["opened", "half_open", "closed"]
     with pytest.raises(ConfigError, match="must be positive"):
         await cluster.ask("t", "look", breaker=BreakerRule(failures=0))

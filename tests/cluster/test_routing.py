@@ -8,8 +8,10 @@ from collections import Counter
 import pytest
 
 from foundation_nats import Cluster
-from foundation_nats.bus.streams import StreamReader
+from foundation_nats.bus.assets import EXPANDER
+from foundation_nats.bus.streams import StreamReader, api
 from foundation_nats.testing import TestCluster, eventually
+from foundation_schemas import Subscription
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
@@ -130,7 +132,48 @@ async def test_any_spreads_over_equals() -> None:
         assert max(shares) <= 14, shares
 
 
-async def reroute(environment: dict[str, str], *, freeze: bool = False) -> None:
+async def test_an_expander_that_dies_amid_the_copies_is_continued() -> None:
+    """Each receiver gets each signal once; another node goes on when the word of the first is overdue."""
+    async with TestCluster(nodes=0, path=[str(AGENTS)]) as nodes:
+        nodes.start_node("stays", "--label", "home=here")
+        armed = {"FOUNDATION_FAILPOINTS": "expand.mid=kill"}
+        dying = nodes.start_node("dies", environment=armed)
+        await nodes.wait_up(["stays", "dies"])
+        cluster = nodes.client
+        # Sooner than by default, so that the test is short.
+        stream = cluster.subjects.routes_stream
+        about = await api(cluster.bus, "CONSUMER.INFO", f"{stream}.{EXPANDER}")
+        config = {**about["config"], "ack_wait": 1_000_000_000}
+        body = {"stream_name": stream, "config": config, "action": "update"}
+        await api(cluster.bus, "CONSUMER.CREATE", f"{stream}.{EXPANDER}", body)
+        names = [f"m{n}" for n in range(4)]
+        await asyncio.gather(
+            *(
+                cluster.agents.start(
+                    "fleet:Mirror",
+                    id=name,
+                    capabilities=["r"],
+                    placement={"labels": {"home": "here"}},
+                )
+                for name in names
+            )
+        )
+        keys = [str(number) for number in range(12)]
+        for key in keys:
+            await cluster.send("capability:r", "ledger.append", {"key": key})
+        await eventually(lambda: not dying.is_running, timeout=10, message="void: it did not die")
+
+        async def expanded() -> bool:
+            routes = StreamReader(cluster.bus, cluster.subjects.routes_stream)
+            assert await all_applied(cluster, names) == dict.fromkeys(keys, 4)
+            return (await routes.info())["state"]["messages"] == 0
+
+        await eventually(expanded, timeout=20)
+
+
+async def reroute(
+    environment: dict[str, str], *, freeze: bool = False, target: str = "any:work"
+) -> None:
     """Shared signals of an agent whose node dies go to the other one, exactly once each."""
     count = 40
     settings = {"control": {"unavailable_grace_s": 60}}
@@ -141,7 +184,11 @@ async def reroute(environment: dict[str, str], *, freeze: bool = False) -> None:
         nodes.start_node("n3")
         await nodes.wait_up(["dies", "n3"])
         cluster = nodes.client
-        slow = {"capabilities": ["work"], "config": {"seconds": 0.2}}
+        slow = {
+            "capabilities": ["work"],
+            "subscribe": [Subscription(topic="work.*", mode="one-of-group", group="g")],
+            "config": {"seconds": 0.2},
+        }
         await cluster.agents.start(
             "fleet:SlowMirror", id="a", placement={"labels": {"home": "dies"}}, **slow
         )
@@ -152,7 +199,7 @@ async def reroute(environment: dict[str, str], *, freeze: bool = False) -> None:
 
         async def send(keys: list[str]) -> None:
             await asyncio.gather(
-                *(cluster.send("any:work", "ledger.append", {"key": key}) for key in keys)
+                *(cluster.send(target, "ledger.append", {"key": key}) for key in keys)
             )
 
         async def both_work() -> bool:
@@ -204,6 +251,12 @@ async def reroute(environment: dict[str, str], *, freeze: bool = False) -> None:
 async def test_shared_signals_of_a_dead_agent_go_to_another() -> None:
     """`any:` is re-routed when its receiver dies before it commits, and takes effect once."""
     await reroute({})
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_a_topics_signals_of_a_dead_agent_go_to_another_of_its_group() -> None:
+    """As `any:`."""
+    await reroute({}, target="topic:work.now")
 
 
 @pytest.mark.usefixtures("chaos")

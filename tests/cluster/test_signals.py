@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -136,6 +138,39 @@ async def test_many_are_sent_in_a_pipeline_in_order() -> None:
         assert await cluster.signals.send_many([]) == []
 
 
+async def test_input_without_end_is_sent_in_bounded_memory() -> None:
+    """No more is taken than may be in flight; leaving early ends it; what the input raises is raised."""
+    async with TestCluster(nodes=0) as nodes:
+        signals = nodes.client.signals
+        taken = 0
+
+        async def endless() -> AsyncIterator[tuple[str, str, dict[str, str]]]:
+            nonlocal taken
+            while True:
+                taken += 1
+                yield "m", "ledger.append", {"key": str(taken)}
+
+        sequences = []
+        async with aclosing(signals.send_each(endless(), in_flight=16)) as results:
+            async for result in results:
+                assert isinstance(result, Receipt)
+                sequences.append(result.sequence)
+                assert taken <= len(sequences) + 17
+                if len(sequences) == 200:
+                    break
+        assert sequences == list(range(1, 201))
+
+        def broken() -> Iterator[tuple[str, str]]:
+            yield "m", "x"
+            raise ValueError("no more")
+
+        seen = []
+        with pytest.raises(ValueError, match="no more"):
+            async for result in signals.send_each(broken()):
+                seen.append(result)
+        assert len(seen) == 1
+
+
 async def test_everybody_is_asked_and_a_quorum_is_enough() -> None:
     """Results and errors by agent; a slow one is not waited for once there are enough."""
     async with TestCluster(nodes=1, path=[str(AGENTS)]) as nodes:
@@ -159,6 +194,21 @@ async def test_everybody_is_asked_and_a_quorum_is_enough() -> None:
         with pytest.raises(QuorumError) as caught:
             await ask_all("capability:r", "sleep", 0.0, quorum=0.9, timeout=0.3)
         assert set(caught.value.details["results"]) == {"a", "b"}
+        began = loop.time()
+        with pytest.raises(QuorumError, match=r"3 are needed") as caught:
+            await ask_all("agent:a", "sleep", 5.0, quorum=3, timeout=20)
+        with pytest.raises(QuorumError, match=r"of 4 behind"):
+            await ask_all("capability:r", "counter.get", quorum=3, timeout=20)
+        assert loop.time() - began < 5, "what can't be reached is not waited for"
+        soon = datetime.now(UTC) + timedelta(seconds=0.3)
+        await ask_all("agent:a", "sleep", 0.6, deadline=soon)
+        await cluster.send("a", "sleep", 0.0)
+        answers = await ask_all("agent:a", "note", {"key": "late"}, deadline=soon, timeout=20)
+        assert answers.missing == ["a"]
+        await cluster.ask("a", "note", {"key": "in time"})
+        stored = await cluster.agents.state("a")
+        assert stored is not None
+        assert stored["state"]["applied"] == ["in time"], "no receiver begins after the deadline"
         assert (await ask_all("capability:nobody", "sleep", 0.0)).asked == []
         with pytest.raises(ConfigError):
             await ask_all("topic:x", "sleep")

@@ -57,7 +57,18 @@ async def test_quorum() -> None:
         assert await run("quorum", nodes.server.url) == ["ann 3.5", "bob 2.5", "without slow"]
 
 
-@pytest.mark.parametrize("name", ["topics", "quorum"])
+async def test_search() -> None:
+    """Five hits are enough for the first reader, and only the second's effects are kept."""
+    async with TestCluster(nodes=1, path=[str(REPOSITORY)]) as nodes:
+        out = await run("search", nodes.server.url)
+        assert out == [
+            *(f"maps on shelf {shelf}" for shelf in (0, 7, 14, 21, 28)),
+            "8 in all",
+            "finished 1",
+        ]
+
+
+@pytest.mark.parametrize("name", ["topics", "quorum", "search"])
 def test_the_examples_are_short(name: str) -> None:
     """Or nobody reads them."""
     assert len((REPOSITORY / "examples" / f"{name}.py").read_text().splitlines()) <= 40

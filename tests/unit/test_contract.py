@@ -46,6 +46,7 @@ agents:
     config: {deep: [1, {a: null}]}
     restart: transient
     restart_limit: {max_restarts: 5, within_s: 10}
+    rate: {per_s: 20, burst: 5, per_sender: 2}
     labels: {tier: gold}
     subscribe: [orders.>, {topic: prices, mode: one-of-group, group: g}]
     update: {max_unavailable: 10%, progress_deadline_s: 5, rollback: false}
