@@ -65,7 +65,9 @@ async def test_a_denied_command_ends_with_7_and_says_what_was_denied(tmp_path: P
 
         code, out, err = await run("some", "agents", "-o", "json")
         assert (code, json.loads(out)) == (0, []), err
-        code, out, err = await run("some", "send", "visits", "counter.add", "{}", "-o", "json")
+        code, out, err = await run(
+            "some", "send", "visits", "counter.add", "{}", "--queue", "-o", "json"
+        )
         assert code == 7, err
         assert out == ""
         error = json.loads(err)["error"]
