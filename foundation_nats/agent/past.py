@@ -33,12 +33,28 @@ def base_key(agent: str, place: int) -> str:
 class Past:
     """The past of one activation."""
 
-    __slots__ = ("_claimed", "_committed", "_storing", "asides", "bases", "handled", "keep", "void")
+    __slots__ = (
+        "_claimed",
+        "_committed",
+        "_storing",
+        "asides",
+        "bases",
+        "handled",
+        "keep",
+        "most",
+        "void",
+    )
 
-    def __init__(self, keep: int, stored: PastRecord | None) -> None:
-        """*keep*: how many handled signals stay; *stored*: what the record says, if it does."""
+    def __init__(self, keep: int, stored: PastRecord | None, *, most: int = 1 << 62) -> None:
+        """
+        Args:
+            keep: how many handled signals stay.
+            stored: what the record says, if it does.
+            most: so many are too many: all but what is behind the newest base may go then.
+        """
         known = stored or PastRecord()
         self.keep = keep
+        self.most = most
         self.handled = known.handled
         self.asides = known.asides
         self.void = list(known.void)
@@ -109,6 +125,9 @@ class Past:
         self.bases = [known for known in self.bases if known.place != base.place]
         if is_stored:
             self.bases.append(base)
+            # Commits of very many signals: the mailbox must not fill up with what is kept.
+            while base.handled - self.bases[0].handled >= self.most:
+                del self.bases[0]
         if self.bases:
             self.void = [number for number in self.void if number > self.bases[0].cursor]
 
@@ -117,8 +136,12 @@ class Past:
         bases, handled = self._committed
         for base in reversed(bases):
             if handled - base.handled >= self.keep:
-                return base.cursor, max(0, base.handled - self._claimed)
-        return None
+                break
+        else:
+            if len(bases) != 1:
+                return None
+            base = bases[0]  # nothing before it is of use
+        return base.cursor, max(0, base.handled - self._claimed)
 
 
 def encode_base(

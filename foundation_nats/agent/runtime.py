@@ -557,7 +557,7 @@ class Runtime:
         keep = min(self._history if said is None else said, self._history_max)
         if keep <= 0 or not agent.durable:
             return None
-        past = Past(keep, stored.past if stored else None)
+        past = Past(keep, stored.past if stored else None, most=2 * self._history_max)
         known = None if stored is None or stored.state is None else stored.schema_version
         if known is not None and known != type(agent).State.version:
             past.aside()  # it was migrated
