@@ -102,6 +102,8 @@ RUNS_MAX = 1000
 MESSAGE_MAX = 512 * 1024
 """Bytes of one message."""
 PAGE_MAX = 100
+EVENTS_MAX = 1000
+"""That wait for one listener."""
 _SWEEP_S = 5.0
 _POLL_S = 0.5
 _MODES = ["text/plain", "application/json", "application/octet-stream"]
@@ -121,7 +123,13 @@ class _Run:
 
     def tell(self, event: Event) -> None:
         for queue in self.subscribers:
-            queue.put_nowait(event)
+            try:
+                queue.put_nowait(event)
+            except asyncio.QueueFull:
+                # Who reads so slowly gets it all at once, instead of piece by piece.
+                while not queue.empty():
+                    queue.get_nowait()
+                queue.put_nowait(_copied(self.record.task))
 
 
 class A2AGateway(RequestHandler):
@@ -357,7 +365,7 @@ class A2AGateway(RequestHandler):
         return str(name)
 
     async def _follow(self, run: _Run) -> AsyncGenerator[Event, None]:
-        queue: asyncio.Queue[Event] = asyncio.Queue()
+        queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
         run.subscribers.add(queue)
         try:
             yield _copied(run.record.task)

@@ -20,6 +20,7 @@ from foundation_nats.errors import ConfigError, FoundationError
 from foundation_schemas import ClassInfo, Target
 
 _DESCRIBE_AGAIN_S = 5.0
+_REFRESH_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +132,11 @@ class Roster:
             for kind, name in self._only
         )
 
-    async def _describe(self) -> None:
-        """Ask a node what the classes are that nobody has told us of yet."""
+    async def _describe(self, *, again: bool = False) -> None:
+        """Ask a node what the classes are that nobody has told us of yet, or all of them."""
         self._unknown.clear()
-        runs = sorted({item.run for item in self._listed.values()} - self._infos.keys())
+        known = set() if again else self._infos.keys()
+        runs = sorted({item.run for item in self._listed.values()} - known)
         if not runs:
             return
         found = await self._cluster.deployments.describe(runs)
@@ -148,9 +150,14 @@ class Roster:
 
     async def _keep_describing(self) -> None:
         while True:
-            await self._unknown.wait()
+            again = False
             try:
-                await self._describe()
+                async with asyncio.timeout(_REFRESH_S):
+                    await self._unknown.wait()
+            except TimeoutError:
+                again = True  # code is reloaded at times
+            try:
+                await self._describe(again=again)
                 self._tell()
             except FoundationError as error:
                 self._unknown.set()

@@ -25,6 +25,7 @@ from a2a.types import (
     SendMessageRequest,
     SubscribeToTaskRequest,
     Task,
+    TaskArtifactUpdateEvent,
     TaskState,
 )
 from a2a.utils.errors import (
@@ -38,7 +39,15 @@ from a2a.utils.errors import (
 from foundation_nats import Cluster
 from foundation_nats.agent.prompts import Attachment, Reply
 from foundation_nats.errors import ConfigError
-from foundation_nats.gateways.a2a import CARD, A2AGateway, joined, parts_of, read_message
+from foundation_nats.gateways.a2a import (
+    CARD,
+    A2AGateway,
+    _Run,
+    joined,
+    parts_of,
+    read_message,
+)
+from foundation_nats.gateways.a2a_tasks import Recorded
 from foundation_nats.gateways.web import Web
 from foundation_nats.testing import TestCluster, eventually
 from tests.conftest import AGENTS
@@ -60,9 +69,9 @@ async def nodes() -> AsyncIterator[TestCluster]:
 
 
 @asynccontextmanager
-async def gateway(cluster: Cluster) -> AsyncIterator[str]:
+async def gateway(cluster: Cluster, **options: Any) -> AsyncIterator[str]:
     """A gateway in this process: its URL."""
-    served = A2AGateway(cluster)
+    served = A2AGateway(cluster, **options)
     web = Web(served.app(), ("127.0.0.1", 0), token=None)
     await web.open()
     served.url = web.url
@@ -269,10 +278,32 @@ async def test_the_next_gateway_goes_on(nodes: TestCluster, tmp_path: Path) -> N
             stream = streaming.send_message(SendMessageRequest(message=message("wait")))
             id = (await anext(stream)).task.id
             await stream.aclose()  # type: ignore[attr-defined]
-    async with gateway(nodes.client) as url, client_of(url) as client:
+    async with gateway(nodes.client, keep_s=1) as url, client_of(url) as client:
+        brief = await send(client, message("bye"))
+        assert brief.status.state == COMPLETED
         stopped = await client.get_task(GetTaskRequest(id=id))
         assert stopped.status.state == FAILED
         assert "stopped in the middle" in stopped.status.message.parts[0].text
+
+        async def forgotten() -> bool:
+            try:
+                await client.get_task(GetTaskRequest(id=brief.id))
+            except TaskNotFoundError:
+                return True
+            return False
+
+        await eventually(forgotten)
+
+
+async def test_who_reads_slowly_gets_it_all_at_once() -> None:
+    """What waits for a listener is bounded."""
+    run = _Run(Recorded("a", "streamed", "g", 0.0, Task(id="t")))
+    queue: asyncio.Queue[Any] = asyncio.Queue(2)
+    run.subscribers.add(queue)
+    for _ in range(3):
+        run.tell(TaskArtifactUpdateEvent(task_id="t"))
+    assert queue.get_nowait() == Task(id="t")
+    assert queue.empty()
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from mcp import Client, MCPError, StdioServerParameters
 from foundation_nats.errors import ConfigError
 from foundation_nats.gateways.agent_tools import tool_name
 from foundation_nats.gateways.tools import cluster_tools
-from foundation_nats.gateways.web import Web, read_address
+from foundation_nats.gateways.web import BODY_MAX, Web, read_address
 from foundation_nats.testing import TestCluster
+from tests.agents.shelf import make
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
@@ -73,14 +74,13 @@ def over_stdio(nodes: TestCluster, *arguments: str) -> Client:
 
 @asynccontextmanager
 async def served(
-    nodes: TestCluster, *arguments: str, token: str = ""
+    nodes: TestCluster, *arguments: str
 ) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """The command over HTTP: its URL."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command(nodes, "--http", "0", *arguments),
         stderr=asyncio.subprocess.PIPE,
-        env={"FOUNDATION_GATEWAY_TOKEN": token},
     )
     try:
         assert process.stderr is not None
@@ -269,14 +269,27 @@ async def test_the_actions_of_agents_are_tools(nodes: TestCluster) -> None:
             await client.call_tool("agent__tills__steal", {})
 
 
-async def test_a_token_is_asked_for(nodes: TestCluster) -> None:
-    """Where one is set; and foreign pages get nowhere in any case."""
-    async with served(nodes, token="secret") as (url, _), httpx.AsyncClient() as http:
-        assert (await http.post(url, json={})).status_code == 401
-        wrong = {"authorization": "Bearer wrong"}
-        assert (await http.post(url, json={}, headers=wrong)).status_code == 401
-        right = {"authorization": "Bearer secret", "origin": "http://evil.example"}
-        assert (await http.post(url, json={}, headers=right)).status_code == 403
-        del right["origin"]
-        right["accept"] = "application/json, text/event-stream"
-        assert (await http.post(url, json={}, headers=right)).status_code == 400
+async def test_a_token_is_asked_for() -> None:
+    """Where one is set; foreign pages get nowhere in any case, and bodies have a limit."""
+    web = Web(make().streamable_http_app(), ("127.0.0.1", 0), token="secret")
+    await web.open()
+    url = f"{web.url}/mcp"
+    try:
+        async with httpx.AsyncClient() as http:
+
+            async def status(content: Any = b"{}", **headers: str) -> int:
+                return (await http.post(url, content=content, headers=headers)).status_code
+
+            async def pieces() -> AsyncIterator[bytes]:
+                yield b"{}"
+
+            right = {"authorization": "Bearer secret"}
+            assert await status() == 401
+            assert await status(authorization="Bearer wrong") == 401
+            assert await status(**right, origin="http://evil.example") == 403
+            json_ = {"accept": "application/json, text/event-stream"}
+            assert await status(**right, **json_, **{"content-type": "application/json"}) == 400
+            assert await status(b"x" * (BODY_MAX + 1), **right) == 413
+            assert await status(pieces(), **right) == 411
+    finally:
+        await web.close()

@@ -165,7 +165,10 @@ def test_requests_are_text_or_json() -> None:
 
 
 async def test_a_killed_node_is_waited_out(nodes: TestCluster, client: Agents) -> None:
-    """kill -9 of the agent's node between two prompts: the next is answered, with the state."""
+    """kill -9 of the agent's node between two prompts: the next is answered, with the state.
+
+    One whose answer had begun ends with an error that says so, in seconds; nothing of it is kept.
+    """
     cluster = nodes.client
     await cluster.agents.start("talkative:Guide", id="guide", critical=True)
     gateway = NatsAgents(cluster)
@@ -175,7 +178,13 @@ async def test_a_killed_node_is_waited_out(nodes: TestCluster, client: Agents) -
         assert await say(guide, "before") == ["1:before"]
         node = (await cluster.agents.get("guide")).node
         assert node is not None
+        begun = guide.prompt("unfinished wait", timeout=60)
+        assert isinstance(await anext(begun), StatusChunk)
+        assert isinstance(await anext(begun), ResponseChunk)
         nodes.nodes[node].kill_all()
+        async with asyncio.timeout(15):
+            with pytest.raises(ProtocolError, match=r"50[34].*in the middle of its answer"):
+                await anext(begun)
         assert await say(guide, "after", timeout=30) == ["2:after"]
         info = await cluster.agents.get("guide")
         assert info.recovered_from is not None
