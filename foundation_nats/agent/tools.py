@@ -19,7 +19,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from foundation_nats.agent.actions.action import Action, as_action
-from foundation_nats.agent.actions.catalogue import actions_of
+from foundation_nats.agent.actions.catalogue import actions_of, find_action
 from foundation_nats.agent.actions.running import ActionContext
 from foundation_nats.agent.context import Context
 from foundation_nats.base import frames
@@ -197,7 +197,7 @@ def _find(ctx: Context | ActionContext, name: str) -> Action | None:
     try:
         if isinstance(ctx, ActionContext):
             return ctx._find(name)
-        return None if ctx._agent is None else actions_of(type(ctx._agent)).get(name)
+        return None if ctx._agent is None else find_action(ctx._agent, name)
     except ActionNotFoundError:
         return None
 

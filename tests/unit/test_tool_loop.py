@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
 from pydantic import Field
 
 from foundation_nats import ActionContext, Agent, Signal, State, action, on
+from foundation_nats.agent.skills import Skill
 from foundation_nats.agent.strategies import ChatModel, Conversation, ToolLoop
 from foundation_nats.errors import ActionError, BudgetError, ConfigError, HandlerError
 from foundation_nats.testing import AgentHarness, ScriptedModel, Use, eventually
@@ -233,6 +234,35 @@ async def test_a_tool_in_doubt_waits_for_a_person() -> None:
 
 async def _launch() -> str:
     return "launched"
+
+
+class Finder(Skill):
+    """Finds out what it can do when it is started."""
+
+    def found_actions(self) -> Mapping[str, Any]:
+        return {"find": action(name="find")(_find)}
+
+
+async def _find(what: str, where: str = "here") -> str:
+    return f"{what} is {where}"
+
+
+async def test_tools_that_a_skill_has_found_are_offered_too() -> None:
+    """And take nulls for what is not given, as all do."""
+
+    class Searcher(Assistant):
+        skills = (Finder(),)
+
+    turns = [Use("find", {"what": "it", "where": None}), "Found."]
+    async with (
+        ScriptedModel(turns) as model,
+        AgentHarness(Searcher, config=_config(model)) as agent,
+    ):
+        assert await agent.ask("say", "find") == "Found."
+        told = [m["content"] for m in agent.state.chat.messages if m["role"] == "tool"]
+        assert told == ['"it is here"']
+        names = [tool["function"]["name"] for tool in model.requests[0]["tools"]]
+        assert sorted(names) == ["find", "look", "pay"]
 
 
 # ---- the endpoint ---------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from foundation_nats.agent.actions.catalogue import actions_of
+from foundation_nats.agent.actions.catalogue import actions_of, found_actions
 from foundation_nats.agent.actions.running import ActionContext, context_in
 from foundation_nats.agent.owner import AnyAgent
 from foundation_nats.agent.steps import Doubt
@@ -136,9 +136,9 @@ class ToolLoop:
         )
 
     def _allowed(self, agent: AnyAgent) -> dict[str, Any]:
-        known = actions_of(type(agent))
+        known = {**found_actions(agent), **actions_of(type(agent))}
         if self.tools is None:
-            return dict(known)
+            return known
         missing = sorted(set(self.tools) - set(known))
         if missing:
             raise ConfigError(
