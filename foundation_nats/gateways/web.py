@@ -24,6 +24,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 _START_S = 10.0
 BODY_MAX = 4 * 1024 * 1024
 """Bytes of a request's body."""
+_DRAINED_MAX = 64 * 1024
 
 
 def missing(extra: str, error: ImportError) -> ConfigError:
@@ -126,21 +127,29 @@ def _guarded(app: App, token: str | None) -> App:
             headers = dict(scope["headers"])
             given = headers.get(b"authorization", b"")
             if wanted is not None and not hmac.compare_digest(given, wanted):
-                await _refuse(send, 401, b"unauthorized", (b"www-authenticate", b"Bearer"))
+                await _refuse(receive, send, 401, b"unauthorized", (b"www-authenticate", b"Bearer"))
                 return
             length = headers.get(b"content-length", b"")
             if b"transfer-encoding" in headers and not length:
-                await _refuse(send, 411, b"say how long the body is")
+                await _refuse(receive, send, 411, b"say how long the body is")
                 return
             if length.isdigit() and int(length) > BODY_MAX:
-                await _refuse(send, 413, b"the body is too large")
+                await _refuse(receive, send, 413, b"the body is too large")
                 return
         await app(scope, receive, send)
 
     return guarded
 
 
-async def _refuse(send: Any, status: int, why: bytes, *more: tuple[bytes, bytes]) -> None:
+async def _refuse(
+    receive: Any, send: Any, status: int, why: bytes, *more: tuple[bytes, bytes]
+) -> None:
+    # Who is still sending would see a broken connection instead of the answer.
+    left, is_more = _DRAINED_MAX, True
+    while is_more and left > 0:
+        part = await receive()
+        left -= len(part.get("body", b"")) or 1
+        is_more = bool(part.get("more_body", False))
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b'{"error":"%b"}' % why})
