@@ -56,17 +56,10 @@ FREEZES = {
     "commit.before_cas": 40,
     "commit.after_cas_before_outbox": 40,
     "outbox.mid": 40,
-    "claim.read": 2,
-    "claim.after_cas": 2,
-    "claim.after_subscribe": 2,
-    "plan.computed": 2,
-    "plan.mid_execute": 1,
-    "start.sent": 2,
     "lease.renew": 2,
 }
-FROZEN_S = 9.0
-# Who has just joined gives no verdicts for the time of the grace, and claims come early.
-QUICK = {"suspect_after_s": 1.0, "down_after_s": 2.0, "bus_grace_s": 3.0}
+FROZEN_S = 7.0
+QUICK = {"suspect_after_s": 1.0, "down_after_s": 2.0}
 
 
 async def crashes(cluster: Cluster) -> int:
