@@ -33,6 +33,20 @@ class BusConfig(_Section):
     user: str | None = None
     password: str | None = None
     token: str | None = None
+    nkey: str | None = None
+    """Path of a file with the seed of an nkey user."""
+    user_jwt: str | None = None
+    """The JWT of the user whose seed `nkey` has; a ``.creds`` file has both."""
+    ca: str | None = None
+    """Path of the certificates (PEM) that may vouch for a server; None: those the system trusts."""
+    cert: str | None = None
+    """Path of this client's own certificate (PEM) …"""
+    key: str | None = None
+    """… and of its private key; None: it stands in the same file."""
+    tls_first: bool = False
+    """Encrypt before the server has said anything, as servers with ``handshake_first`` want it."""
+    inbox_prefix: str = "_INBOX"
+    """What subjects of replies begin with, for users that may only listen to their own."""
     connect_timeout_s: float = 5.0
     request_timeout_s: float = 5.0
     """For one request to JetStream or to a peer."""
@@ -40,6 +54,22 @@ class BusConfig(_Section):
     """With two outstanding pings a half-open connection is found in 6 s."""
     in_flight_max: int = 4096
     """Publishes awaiting their acknowledgement on one connection; more wait."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> BusConfig:
+        if self.creds and (self.nkey or self.user_jwt):
+            raise ValueError("creds and nkey both say who connects: give one of them")
+        if self.user_jwt and not self.nkey:
+            raise ValueError("user_jwt needs nkey, the file with the seed of the user")
+        if self.key and not self.cert:
+            raise ValueError("key needs cert, the certificate that it belongs to")
+        parts = self.inbox_prefix.split(".")
+        if parts[0] != "_INBOX" or any(not part or set(part) & set("*> \t\r\n") for part in parts):
+            raise ValueError(
+                f"inbox_prefix {self.inbox_prefix!r} is neither _INBOX nor begins with _INBOX. and "
+                "names: agents answer nowhere else"
+            )
+        return self
 
 
 class MailboxConfig(_Section):

@@ -12,7 +12,6 @@ Nothing here imports the library before a command really connects, so that
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -41,19 +40,6 @@ CLIENT_NAME = "cli"
 _CONNECT_TIMEOUT_MAX_S = 5.0
 _REFUSED_PATIENCE_S = 1.0
 """How long a server may refuse connections: about as long as its restart takes."""
-
-_CONTEXT_UNSUPPORTED = (
-    "nkey",
-    "cert",
-    "key",
-    "ca",
-    "nsc",
-    "user_jwt",
-    "socks_proxy",
-    "jetstream_domain",
-    "jetstream_api_prefix",
-    "inbox_prefix",
-)
 
 
 class Output(StrEnum):
@@ -97,6 +83,13 @@ class Endpoint:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+    nkey: str | None = None
+    user_jwt: str | None = field(default=None, repr=False)
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    tls_first: bool | None = None
+    inbox_prefix: str | None = None
 
     @property
     def shown(self) -> str:
@@ -237,10 +230,13 @@ def resolve(shared: Shared, environment: Mapping[str, str] | None = None) -> End
     elif server_env:
         found = Endpoint(_urls(server_env), DEFAULT_CLUSTER, "FOUNDATION_SERVER")
     else:
-        name = env.get("NATS_CONTEXT") or _selected_context(env)
+        from foundation_nats.discovery.contexts import selected
+
+        name = selected(env)
         found = _from_context(name, env) if name else _from_running(cluster)
     if creds:
-        found = replace(found, creds=creds, user=None, password=None, token=None)
+        nobody = replace(found, user=None, password=None, token=None, nkey=None, user_jwt=None)
+        found = replace(nobody, creds=creds)
     found = replace(found, cluster=cluster or found.cluster)
     if found.creds and not Path(found.creds).expanduser().is_file():
         raise _config_error(
@@ -280,55 +276,11 @@ def _from_running(cluster: str | None) -> Endpoint:
     return Endpoint((entry.url,), entry.cluster, "foundation up")
 
 
-def _context_folder(env: Mapping[str, str]) -> Path:
-    base = env.get("XDG_CONFIG_HOME")
-    home = env.get("HOME")
-    folder = Path(base) if base else (Path(home) if home else Path.home()) / ".config"
-    return folder / "nats"
-
-
-def _selected_context(env: Mapping[str, str]) -> str | None:
-    try:
-        return (_context_folder(env) / "context.txt").read_text().strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
 def _from_context(name: str, env: Mapping[str, str]) -> Endpoint:
-    folder = _context_folder(env) / "context"
-    path = folder / f"{name}.json"
-    if "/" in name or name in ("", ".", ".."):
-        raise _config_error(
-            f"{name!r} is not the name of a NATS context.", "See `nats context ls`."
-        )
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        known = ", ".join(sorted(item.stem for item in folder.glob("*.json"))) or "none"
-        raise _config_error(
-            f"There is no NATS context {name!r} in {folder}.", f"Known: {known}."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise _config_error(
-            f"The NATS context {path} cannot be read: {error}.", "Check the file, or use --server."
-        ) from None
-    if not isinstance(found, dict):
-        raise _config_error(f"The NATS context {path} is no JSON object.", "Use --server.")
-    for key in _CONTEXT_UNSUPPORTED:
-        if found.get(key):
-            raise _config_error(
-                f"The NATS context {name!r} uses {key!r}, which is not supported yet.",
-                "Use --server with --creds, or a user and password or token.",
-            )
-    return Endpoint(
-        _urls(str(found.get("url") or DEFAULT_URL)),
-        DEFAULT_CLUSTER,
-        f"NATS context {name}",
-        creds=found.get("creds") or None,
-        user=found.get("user") or None,
-        password=found.get("password") or None,
-        token=found.get("token") or None,
-    )
+    from foundation_nats.discovery import contexts
+
+    found = contexts.read(name, env)
+    return Endpoint(found.servers, DEFAULT_CLUSTER, f"NATS context {name}", **found.settings)
 
 
 # ---- connecting ---------------------------------------------------------------------------
@@ -348,6 +300,13 @@ def load_config(endpoint: Endpoint, *, connect_timeout_s: float | None = None) -
         "user": endpoint.user,
         "password": endpoint.password,
         "token": endpoint.token,
+        "nkey": endpoint.nkey,
+        "user_jwt": endpoint.user_jwt,
+        "ca": endpoint.ca,
+        "cert": endpoint.cert,
+        "key": endpoint.key,
+        "tls_first": endpoint.tls_first,
+        "inbox_prefix": endpoint.inbox_prefix,
         "connect_timeout_s": connect_timeout_s,
     }
     given = {key: value for key, value in bus.items() if value is not None}

@@ -142,7 +142,8 @@ class Cluster:
 
         Without *url* the servers come from ``FOUNDATION_SERVER``, else
         ``nats://127.0.0.1:4222``. A *url* may be a locator, such as
-        ``dns+srv://_nats._tcp.example.org``: see docs/discovery.md. *name* is this client's name as a source of
+        ``dns+srv://_nats._tcp.example.org``, or ``context://NAME`` for all that a context of the
+        NATS command line says: see docs/discovery.md. *name* is this client's name as a source of
         signals and in the server's list of connections.
 
         An account without this cluster gets its streams. Streams that an existing
@@ -708,6 +709,8 @@ class _Connecting:
             config = Config.load(cluster=self._cluster_name, bus=bus_settings)
         else:
             base = self._config
+            if self._creds is not None:  # who connects is said whole, not added to
+                bus_settings |= dict.fromkeys(("user", "password", "token", "nkey", "user_jwt"))
             config = base.model_copy(
                 update={
                     "cluster": self._cluster_name or base.cluster,

@@ -9,6 +9,9 @@ Servers that are locators (`foundation_nats.discovery`) are looked up for every 
 and while the connection is down again and again, beside nats-py's own attempts:
 a NATS cluster whose addresses have all changed is found again.
 
+Whoever asks for TLS gets it or no connection: nats-py alone would go on in plain text with a
+server that has none.
+
 Handlers run inside the read loop, in the order of arrival. They must not
 block, and an error in one is logged, not raised into the connection.
 
@@ -24,10 +27,10 @@ import contextlib
 import math
 import random
 import re
+import ssl
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
 
@@ -35,14 +38,15 @@ from nats import errors as nats_errors
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.logs import get_logger
+from foundation_nats.bus.login import login_options
 from foundation_nats.bus.wire import Handler, Message, Route, WireClient
 from foundation_nats.config import BusConfig
+from foundation_nats.discovery.contexts import applied
 from foundation_nats.discovery.servers import Servers
 from foundation_nats.errors import (
     BusError,
     BusTimeoutError,
     BusUnavailableError,
-    ConfigError,
     FoundationError,
     NoRespondersError,
     PayloadTooLargeError,
@@ -94,7 +98,7 @@ class Bus:
         self._log = get_logger("bus").bind(connection=name)
         self._client: WireClient = WireClient()
         self._routes: set[Route] = set()
-        self._inbox = f"_INBOX.{token_hex(11)}"
+        self._inbox = f"{applied(config).inbox_prefix}.{token_hex(11)}"
         self._inbox_length = len(self._inbox) + 1
         self._pending: dict[str, _Pending] = {}
         self._token = 0
@@ -125,7 +129,7 @@ class Bus:
                 and the reason.
             PermissionDeniedError: the credentials were refused.
             ConfigError: a server locator is wrong or needs something that is not installed;
-                or the credentials file is none.
+                a file that the settings name is not what it should be.
         """
         bus = cls(config, name)
         try:
@@ -152,6 +156,12 @@ class Bus:
                 f"NATS at {servers} refused the credentials.",
                 hint="Give --creds FILE, or a user and password in the URL.",
             )
+        if isinstance(last, ssl.SSLError):
+            return BusUnavailableError(
+                f"No connection to NATS at {servers}: TLS failed ({text}).",
+                hint="The settings bus.ca, bus.cert and bus.key say whom to trust and who we are; "
+                "the name in the URL must be one of the server's certificate.",
+            )
         if isinstance(error, TimeoutError) and not self._client.last_error:
             text = f"no answer within {self._config.connect_timeout_s:g} s"
         return BusUnavailableError(
@@ -160,20 +170,14 @@ class Bus:
         )
 
     async def _open(self, client: WireClient) -> None:
-        config = self._config
-        options: dict[str, Any] = {}
-        if config.creds:
-            _check_credentials(config.creds)
-            options["user_credentials"] = config.creds
-        if config.user:
-            options["user"] = config.user
-            options["password"] = config.password
-        if config.token:
-            options["token"] = config.token
+        config = applied(self._config)
+        options = login_options(config)
         # In the order of the look-up, which may be one of priorities; plain URLs in any.
         options["dont_randomize"] = not self._servers.is_fixed
+        servers = await self._servers.resolve(config.connect_timeout_s * _LOOK_UP_SHARE)
+        client.needs_tls = "tls" in options or config.tls_first or _says_tls(servers)
         await client.connect(
-            servers=await self._servers.resolve(config.connect_timeout_s * _LOOK_UP_SHARE),
+            servers=servers,
             name=self._name,
             connect_timeout=max(1, int(config.connect_timeout_s)),
             max_reconnect_attempts=-1,
@@ -595,6 +599,10 @@ class Bus:
             self._looked_up.set()
 
 
+def _says_tls(urls: Sequence[str]) -> bool:
+    return any(url.partition("://")[0].lower() == "tls" for url in urls)
+
+
 def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, float]:
     """Round-robin by attempts, with a jittered pause that grows to a second."""
     chosen = min(servers, key=lambda server: server.reconnects)
@@ -603,20 +611,3 @@ def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, flo
 
 
 __all__ = ["Bus", "BusStatistics", "Message", "Route"]
-
-
-def _check_credentials(path: str) -> None:
-    """Refuse what the client would stumble over without saying what it is.
-
-    Raises:
-        ConfigError: it can't be read, or is no credentials file.
-    """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The credentials file {path} can't be read: {error}.") from error
-    if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
-        raise ConfigError(
-            f"{path} is no credentials file: it has no user JWT and seed.",
-            hint="Make one with `nsc generate creds`.",
-        )

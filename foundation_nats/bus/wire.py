@@ -22,6 +22,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nats import errors
 from nats.aio.client import Client, Srv
 from nats.protocol.parser import Parser
 
@@ -155,6 +156,8 @@ class WireClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._ps = _WireParser(self)
+        self.needs_tls = False
+        """Speak to no server in plain text."""
 
     async def _connect_to_server(self, s: Srv) -> None:
         # nats-py forgets the connection of an attempt that failed after it was made: with a server
@@ -162,6 +165,16 @@ class WireClient(Client):
         if self._transport:
             self._transport.close()  # type: ignore[no-untyped-call]
         await super()._connect_to_server(s)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # nats-py encrypts if the server requires it, and else says who it is in plain text.
+        server = self._current_server
+        if initial_connection and self.needs_tls and server and server.uri.scheme != "wss":
+            if info.get("tls_available") and server.uri.scheme != "ws":
+                info["tls_required"] = True
+            elif not info.get("tls_required") or server.uri.scheme == "ws":
+                raise errors.Error("TLS is asked for, and the server offers none")
+        await super()._process_info(info, initial_connection)
 
     def dispatch(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None

@@ -27,6 +27,7 @@ _BUILT_IN = {
     "dns+srv": ("dns", "by_service"),
     "k8s": ("dns", "by_headless_service"),
     "file": ("file", "by_file"),
+    "context": ("contexts", "by_context"),
     "mdns": ("mdns", "by_multicast"),
 }
 

@@ -144,7 +144,8 @@ async def probe_server(url: str, timeout: float = 2.0) -> ServerInfo:
                     problem="no_jetstream",
                 )
             level = 0
-            if not facts.get("auth_required"):
+            # Who must show something first is not asked more than he says of himself.
+            if not facts.get("auth_required") and not facts.get("tls_required"):
                 writer.write(
                     b'CONNECT {"verbose":false,"pedantic":false,"headers":true}\r\n'
                     b"SUB _INBOX.probe 1\r\nPUB $JS.API.INFO _INBOX.probe 0\r\n\r\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from foundation_cli import runtime
-from foundation_cli.connection import Shared, resolve
+from foundation_cli.connection import Shared, load_config, resolve
 from foundation_cli.runtime import UpFile
 from foundation_nats.errors import ConfigError
 
@@ -87,11 +87,20 @@ def test_a_missing_context_names_the_known_ones(tmp_path: Path) -> None:
         resolve(Shared(context="../one"))
 
 
-def test_what_a_context_asks_for_and_we_cannot_do_is_refused(tmp_path: Path) -> None:
-    """Better than to connect without the client certificate."""
-    _context(tmp_path, "tls", url="nats://one:4222", cert="/a.pem", key="/a.key")
-    with pytest.raises(ConfigError, match="'cert'"):
-        resolve(Shared(context="tls"))
+def test_what_a_context_says_of_keys_and_certificates_reaches_the_settings(tmp_path: Path) -> None:
+    """And what can't be done is refused: better than to connect without it."""
+    files = {"cert": "/a.pem", "key": "/a.key", "ca": "/ca.pem", "nkey": "/a.nk"}
+    _context(tmp_path, "tls", url="tls://one:4222", inbox_prefix="_INBOX.me", **files)
+    bus = load_config(resolve(Shared(context="tls"))).bus
+    assert (bus.cert, bus.key, bus.ca, bus.nkey) == tuple(files.values())
+    assert (bus.inbox_prefix, bus.servers) == ("_INBOX.me", ("tls://one:4222",))
+    creds = tmp_path / "a.creds"
+    creds.touch()
+    found = resolve(Shared(context="tls", creds=str(creds)))
+    assert (found.nkey, found.ca, found.creds) == (None, "/ca.pem", str(creds))
+    _context(tmp_path, "domain", url="nats://one:4222", jetstream_domain="hub")
+    with pytest.raises(ConfigError, match="'jetstream_domain'"):
+        resolve(Shared(context="domain"))
 
 
 def test_the_only_running_cluster_is_found_whatever_its_name() -> None:

@@ -117,12 +117,15 @@ async def test_a_credentials_file_opens_the_server(tmp_path: Path) -> None:
         finally:
             await bus.close()
         with pytest.raises(PermissionDeniedError):
-            await Bus.connect(BusConfig(servers=(server.url,)), "without")
+            await Bus.connect(BusConfig(servers=(server.url,), connect_timeout_s=0.5), "without")
         stranger = tmp_path / "stranger.creds"
         mine, other = _seed(_USER, "user").decode(), _seed(_USER, "other").decode()
         stranger.write_text(creds.read_text().replace(mine, other))
         with pytest.raises(PermissionDeniedError, match="refused"):
-            await Bus.connect(BusConfig(servers=(server.url,), creds=str(stranger)), "stranger")
+            await Bus.connect(
+                BusConfig(servers=(server.url,), creds=str(stranger), connect_timeout_s=0.5),
+                "stranger",
+            )
         empty = tmp_path / "empty.creds"
         empty.touch()
         for path, says in ((empty, "no credentials file"), (tmp_path / "none", "can't be read")):

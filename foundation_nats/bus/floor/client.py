@@ -24,7 +24,9 @@ from nats.js.api import KeyValueConfig, StorageType, StreamConfig
 from nats.js.errors import NotFoundError
 
 from foundation_nats.bus.floor.server import FloorError
+from foundation_nats.bus.login import login_options
 from foundation_nats.config import Config
+from foundation_nats.discovery.contexts import applied
 
 REPLY_TIMEOUT_S = 10.0
 RECORDS_PER_READ_MAX = 1024  # the server's limit for one multi_last
@@ -43,13 +45,9 @@ async def connected(url: str, *, strict: bool = True) -> AsyncIterator[Client]:
     such an error as an answer that does not come, and in nats-py's log. Who it logs
     in as is in the environment (`Config.load`).
     """
-    login = Config.load().bus
     connection = await nats.connect(
         url,
-        user=login.user,
-        password=login.password,
-        token=login.token,
-        user_credentials=login.creds,
+        **login_options(applied(Config.load().bus)),
         allow_reconnect=False,
         skip_subject_validation=True,  # every subject is made by us
         error_cb=_give_up if strict else None,
