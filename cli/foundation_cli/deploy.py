@@ -165,7 +165,8 @@ async def apply_and_wait(
     cluster: Cluster, shared: Shared, manifest: Path, wait_s: float, *, prune: bool = False
 ) -> dict[str, Any]:
     """Deploy *manifest*, showing the phases; the document that `deploy -o json` prints."""
-    deployments = cluster.deployments.read(manifest)
+    read = cluster.deployments.manifest(manifest)
+    deployments = read.deployments
     names = [item.name for item in deployments]
     if wait_s <= 0:
         applied = await cluster.deployments.apply(deployments, prune=prune)
@@ -179,10 +180,11 @@ async def apply_and_wait(
     shown: list[Any] = []
 
     def on_progress(report: Any) -> None:
-        if report.changes and not shown and shared.format is Output.TABLE:
-            shown.extend(report.changes)
+        fresh = report.changes[len(shown) :]  # what is not core comes later
+        if fresh and shared.format is Output.TABLE:
+            shown.extend(fresh)
             calm.progress.clear()
-            for item in report.changes:
+            for item in fresh:
                 render.talk(change_text(change_json(item)))
         shown_lines[:] = phase_lines(report, why=calm.knows_why)
         calm.show(shown_lines)
@@ -190,7 +192,11 @@ async def apply_and_wait(
     shown_lines: list[str] = []
     try:
         report = await cluster.deployments.deploy(
-            deployments, timeout=wait_s, prune=prune, on_progress=on_progress
+            deployments,
+            timeout=wait_s,
+            prune=prune,
+            min_nodes=read.min_nodes,
+            on_progress=on_progress,
         )
     finally:
         calm.end([line for line in shown_lines if not line.startswith(_AHEAD)])
@@ -218,7 +224,10 @@ def phase_lines(report: Any, *, why: bool) -> list[str]:
         took = "" if phase.ms is None else f"  ({_duration(phase.ms)})"
         text = f"{mark:<4}{phase.name!s:<10}{render.clean(phase.text) if phase.text else ''}"
         lines.append(f"{text}{took}".rstrip())
-        if str(phase.name) == "agents" and str(phase.state) in ("under_way", "failed"):
+        if str(phase.name) in ("services", "agents") and str(phase.state) in (
+            "under_way",
+            "failed",
+        ):
             waiting = [status for status in report.statuses if not status.settled]
             lines += [f"    {line}" for line in progress_lines(waiting[:_WAITING_SHOWN], why=why)]
             if len(waiting) > _WAITING_SHOWN:
@@ -338,6 +347,8 @@ def plan_json(preview: Any) -> dict[str, Any]:
         "unplaceable": render.plain(preview.unplaceable),
         "restarting": _by_number(preview.restarting),
         "leaving": _by_number(preview.leaving),
+        "nodes_up": preview.nodes_up,
+        "min_nodes": preview.min_nodes,
     }
 
 
@@ -365,6 +376,12 @@ def show_plan(found: dict[str, Any]) -> None:
         render.table(_FATE_COLUMNS, fates[:_PLACEMENTS_SHOWN])
         if len(fates) > _PLACEMENTS_SHOWN:
             render.write(f"… and {len(fates) - _PLACEMENTS_SHOWN} more (-o json has all)")
+    if found["nodes_up"] < found["min_nodes"]:
+        up = "1 node is" if found["nodes_up"] == 1 else f"{found['nodes_up']} nodes are"
+        render.write(
+            f"{render.styled('!', 'yellow')} {up} up, and the manifest asks for "
+            f"{found['min_nodes']}: a deploy would wait for the others"
+        )
     for agent, reasons in list(found["unplaceable"].items())[:_PLACEMENTS_SHOWN]:
         why = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "no node is up"
         render.write(

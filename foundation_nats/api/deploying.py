@@ -1,10 +1,12 @@
 """`Deployments.deploy`: apply wishes and see them through, phase after phase.
 
-IO. The phases: *cluster* (nodes are up, one of them leads), *services* (streams are as
-declared, the registry can be read, the router is served), *agents* (every wished agent
-runs as wished), *health* (every node that has some answers, and its workers hold as many as
-the registry says). The wish is stored as soon as it could be checked, or can't be for
-lack of nodes; a phase that fails takes nothing back, and whoever leads goes on.
+IO. The phases: *cluster* (nodes are up, as many as are asked for, one of them leads), *services*
+(streams are as declared, the registry can be read, the router is served; wishes of the tier
+``core`` run), *agents* (every wished agent runs as wished), *health* (every node that has some
+answers, and its workers hold as many as the registry says). The wish is stored as soon as it
+could be checked, or can't be for lack of nodes; a phase that fails takes nothing back, and whoever
+leads goes on. Two things wait, and are stored only in their turn: everything, where a number of
+nodes is asked for, and what is not core, where something is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from foundation_nats.bus import assets, rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.cluster.registry import Held
 from foundation_nats.control.diff import ChangeKind, DeploymentChange
+from foundation_nats.control.rollouts import rollout_of
 from foundation_nats.control.status import deployment_status
 from foundation_nats.errors import BusError, FoundationError, NotSettledError
 from foundation_schemas import (
@@ -30,6 +33,7 @@ from foundation_schemas import (
     MeasureReply,
     MeasureRequest,
     NodeStatus,
+    Tier,
 )
 
 if TYPE_CHECKING:
@@ -96,10 +100,21 @@ class Deploying:
     """One deploy."""
 
     def __init__(
-        self, cluster: Cluster, timeout: float, watcher: Watcher | None, *, prune: bool = False
+        self,
+        cluster: Cluster,
+        timeout: float,
+        watcher: Watcher | None,
+        *,
+        prune: bool = False,
+        min_nodes: int = 0,
     ) -> None:
         self._cluster = cluster
         self._prune = prune
+        self._min_nodes = min_nodes
+        self._core: list[str] = []
+        """What is stored and awaited before the rest; empty if there is no rest."""
+        self._found = ""
+        """What was there of the platform itself, once all of it was."""
         self._timeout = timeout
         self._deadline = monotonic() + timeout
         self._watcher = watcher
@@ -134,16 +149,31 @@ class Deploying:
     async def _run(self, wished: Sequence[Deployment]) -> DeployReport:
         cluster, report = self._cluster, self.report
         self._names = [item.name for item in wished]
+        core = [item.name for item in wished if item.tier is Tier.CORE]
+        self._core = core if len(core) < len(wished) or self._prune else []
+        if self._min_nodes and not await self._until(PhaseName.CLUSTER, self._formed):
+            raise self._late(PhaseName.CLUSTER, "The cluster is not formed", stored="nothing")
         began = monotonic()
-        is_formed = await self._until(
+        is_formed = bool(self._min_nodes) or await self._until(
             PhaseName.CLUSTER, self._formed, min(self._deadline, began + _UNCHECKED_AFTER_S)
         )
-        report.changes = await cluster.deployments.apply(wished, prune=self._prune)
-        self._names += [item.name for item in report.changes if item.kind is ChangeKind.REMOVED]
+        stored = "the core" if self._core else "all"
+        if self._core:
+            report.changes = await cluster.deployments.apply(wished, only=self._core)
+        else:
+            report.changes = await cluster.deployments.apply(wished, prune=self._prune)
         if not is_formed and not await self._until(PhaseName.CLUSTER, self._formed, began=began):
-            raise self._late(PhaseName.CLUSTER, "The cluster is not formed")
+            raise self._late(PhaseName.CLUSTER, "The cluster is not formed", stored=stored)
         if not await self._until(PhaseName.SERVICES, self._services):
-            raise self._late(PhaseName.SERVICES, "The core services are not ready")
+            raise self._late(PhaseName.SERVICES, "The core services are not ready", stored=stored)
+        if self._core:
+            changes = await cluster.deployments.apply(wished, prune=self._prune)
+            report.changes += [
+                item
+                for item in changes
+                if item.name not in self._core or item.kind is not ChangeKind.SAME
+            ]
+        self._names += [item.name for item in report.changes if item.kind is ChangeKind.REMOVED]
         await self._agents()
         if not await self._until(PhaseName.HEALTH, self._health):
             raise self._late(PhaseName.HEALTH, "Not every agent was found healthy")
@@ -156,12 +186,23 @@ class Deploying:
         leader = await self._cluster.leader()
         up = [node for node in nodes if node.status == NodeStatus.UP]
         text = f"{_count(len(up), 'node')} up"
+        if len(up) < self._min_nodes:
+            text += f" of the {self._min_nodes} that are asked for"
         others = Counter(str(node.status) for node in nodes if node.status != NodeStatus.UP)
         text += "".join(f", {count} {word}" for word, count in sorted(others.items()))
         text += f", {leader.holder} leads" if leader is not None else ", nobody leads yet"
-        return bool(up) and leader is not None, text
+        return len(up) >= max(1, self._min_nodes) and leader is not None, text
 
     async def _services(self) -> tuple[bool, str]:
+        if not self._found:  # looked at once: what is waited for longer is the core
+            is_there, text = await self._platform()
+            if not is_there or not self._core:
+                return is_there, text
+            self._found = text
+        is_there, text = await self._core_runs()
+        return is_there, f"{self._found}, core: {text}"
+
+    async def _platform(self) -> tuple[bool, str]:
         cluster = self._cluster
         missing = [
             item.stream
@@ -176,6 +217,22 @@ class Deploying:
         if not (router.get("num_waiting") or router.get("num_ack_pending")):
             return False, "no node serves the router yet"
         return True, f"streams there, registry read ({len(registry.all())} agents), router served"
+
+    async def _core_runs(self) -> tuple[bool, str]:
+        cluster = self._cluster
+        wishes = (await cluster._open_desired()).all()
+        restarting = [item.name for item in self.report.changes if item.restarts]
+        statuses = []
+        for name, held in (await self._held(wishes)).items():
+            if name in self._core:
+                statuses.append(deployment_status(wishes[name], held))
+                if name in restarting:
+                    cluster.deployments._check_rollout(rollout_of(wishes[name], ()))
+        if statuses != self.report.statuses:
+            self.report.statuses = statuses
+            self._tell()
+        is_core_there = len(statuses) == len(self._core) and all(item.settled for item in statuses)
+        return is_core_there, _running(statuses)
 
     async def _agents(self) -> None:
         phase = self._begin(PhaseName.AGENTS)
@@ -304,15 +361,27 @@ class Deploying:
         if self._watcher is not None:
             self._watcher(self.report)
 
-    def _late(self, name: PhaseName, what: str) -> NotSettledError:
+    def _late(self, name: PhaseName, what: str, *, stored: str = "all") -> NotSettledError:
         hints = {
             PhaseName.CLUSTER: "Start a node with `foundation node start`, and see `foundation nodes`.",
             PhaseName.SERVICES: "`foundation doctor` tells more.",
         }
+        stands = {
+            "nothing": "Nothing was stored: deploy again once the nodes are there. ",
+            "the core": "The wish for the core stands, and the cluster goes on trying; of the rest "
+            "nothing was stored: deploy again. ",
+        }
+        reasons = {
+            agent: why
+            for status in self.report.statuses
+            for agent, why in status.reasons.items()
+            if not status.settled
+        }
         return NotSettledError(
             f"{what} after {self._timeout:g} s: {self.report.phase(name).text}.",
-            hint="The wish stands, and the cluster goes on trying. "
+            hint=stands.get(stored, "The wish stands, and the cluster goes on trying. ")
             + hints.get(name, "`foundation status` shows it."),
+            reasons=reasons,
         )
 
 

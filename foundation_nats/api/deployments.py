@@ -42,6 +42,7 @@ from foundation_schemas import (
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
     from foundation_nats.api.deploying import DeployReport
+    from foundation_nats.control.manifest import Manifest
 
 _DESCRIBE_TIMEOUT_S = 25.0
 _DESCRIBE_RETRY_S = 0.05
@@ -64,12 +65,22 @@ class Deployments:
         Raises:
             ManifestError: the manifest is wrong; says what and where.
         """
-        if not isinstance(wished, Path | str):
-            return list(wished)
+        return self.manifest(wished).deployments
+
+    def manifest(self, wished: Wished) -> Manifest:
+        """The same, with what a manifest says of the cluster.
+
+        Raises:
+            ManifestError: the manifest is wrong; says what and where.
+        """
         # The YAML parser is needed for this alone.
         from foundation_nats.control import manifest
 
-        return manifest.load(wished) if isinstance(wished, Path) else manifest.parse(wished)
+        if isinstance(wished, Path):
+            return manifest.load_manifest(wished)
+        if isinstance(wished, str):
+            return manifest.parse_manifest(wished)
+        return manifest.Manifest(list(wished))
 
     async def wishes(self) -> dict[str, Deployment]:
         """What is wished for now, by name."""
@@ -81,9 +92,16 @@ class Deployments:
         }
 
     async def apply(
-        self, wished: Wished, *, validate: bool = True, prune: bool = False
+        self,
+        wished: Wished,
+        *,
+        validate: bool = True,
+        prune: bool = False,
+        only: Collection[str] | None = None,
     ) -> list[DeploymentChange]:
         """Store wishes; the cluster makes them true. Idempotent.
+
+        It waits for nothing: neither for ``min_nodes`` nor for what is ``tier: core``.
 
         With *validate* a node imports each class first, and what the class
         declares (capabilities, durable, critical) becomes part of the wish. If
@@ -93,6 +111,9 @@ class Deployments:
         deployments of the cluster, whoever has applied them. Single agents that were started
         by themselves (`agents.start`, `ctx.spawn`) stay.
 
+        Args:
+            only: store no others than these, and delete nothing; all of *wished* is checked.
+
         Raises:
             ManifestError, ConfigError: wrong; nothing was stored.
             BusUnavailableError, BusTimeoutError
@@ -101,7 +122,7 @@ class Deployments:
         if validate:
             deployments = await self._validated(deployments)
         desired = await self._desired()
-        return await desired.apply(deployments, prune=prune)
+        return await desired.apply(deployments, prune=prune, only=only)
 
     async def deploy(
         self,
@@ -109,11 +130,16 @@ class Deployments:
         *,
         timeout: float = 30.0,
         prune: bool = False,
+        min_nodes: int | None = None,
         on_progress: Callable[[DeployReport], None] | None = None,
     ) -> DeployReport:
         """`apply`, and wait until every phase has passed: cluster, services, agents, health.
 
+        What is ``tier: core`` is stored first; the rest, and what *prune* deletes, once that runs.
+
         Args:
+            min_nodes: wait until so many nodes are up before anything is stored; None: as many as
+                the manifest says.
             prune: delete what *wished* doesn't name, and wait until its agents have ended, too.
             on_progress: called with the report whenever something has changed in it.
 
@@ -125,8 +151,10 @@ class Deployments:
         """
         from foundation_nats.api.deploying import Deploying
 
-        deploying = Deploying(self._cluster, timeout, on_progress, prune=prune)
-        return await deploying.run(self.read(wished))
+        found = self.manifest(wished)
+        wanted = found.min_nodes if min_nodes is None else min_nodes
+        deploying = Deploying(self._cluster, timeout, on_progress, prune=prune, min_nodes=wanted)
+        return await deploying.run(found.deployments)
 
     async def _desired(self) -> Desired:
         return await self._cluster._open_desired()
@@ -168,7 +196,8 @@ class Deployments:
 
     async def plan(self, wished: Wished, *, prune: bool = False) -> Preview:
         """What `apply` would change, and on which node each new agent would start."""
-        deployments = await self._validated(self.read(wished))
+        found = self.manifest(wished)
+        deployments = await self._validated(found.deployments)
         nodes = await self._cluster.nodes.views()
         leader = await self._cluster.nodes.leader()
         return preview(
@@ -178,6 +207,7 @@ class Deployments:
             nodes,
             self._cluster.config.control,
             prune=prune,
+            min_nodes=found.min_nodes,
             leader=None if leader is None else leader.holder,
             reservations=await self._cluster.resources.reservations(nodes),
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from foundation_nats.base.clock import utc_text
@@ -129,12 +129,20 @@ class Desired:
     # ---- changing ---------------------------------------------------------------
 
     async def apply(
-        self, wanted: Sequence[Deployment], *, prune: bool = False
+        self,
+        wanted: Sequence[Deployment],
+        *,
+        prune: bool = False,
+        only: Collection[str] | None = None,
     ) -> list[DeploymentChange]:
         """Make these wishes stand; returns what changed, in the order of *wanted*.
 
         With *prune* deployments that *wanted* doesn't name are deleted, except
         those started by themselves.
+
+        Args:
+            only: write no other than these, and delete nothing; all of *wanted* is checked. What
+                changed is told of these alone.
 
         Raises:
             AlreadyExistsError: an agent id would belong to two deployments; nothing was written.
@@ -170,6 +178,9 @@ class Desired:
         for change in todo:
             if change.after is not None:
                 check_strategy(change.after.spec.placement.strategy, change.name)
+        if only is not None:
+            changes = [c for c in changes if c.name in only and c.kind is not ChangeKind.REMOVED]
+            todo = [c for c in todo if c.name in only]
         began = utc_text()  # the leader acts on each wish as soon as it is there
         await self._write_all([c.after for c in todo if c.after is not None])
         for change in changes:

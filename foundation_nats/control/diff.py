@@ -19,7 +19,7 @@ from foundation_nats.config import ControlConfig
 from foundation_nats.control.commands import Assign, MarkPending
 from foundation_nats.control.planner import plan
 from foundation_nats.control.rollouts import with_replicas_kept
-from foundation_schemas import Deployment, ReservationRecord
+from foundation_schemas import Deployment, NodeStatus, ReservationRecord
 
 
 class ChangeKind(StrEnum):
@@ -69,13 +69,17 @@ class Preview:
     """Agents that get another spec, to the node on which they run: they are restarted there."""
     leaving: Mapping[str, str] = field(default_factory=dict)
     """Agents that nobody would want any more, to the node on which they run."""
+    nodes_up: int = 0
+    """How many nodes are up …"""
+    min_nodes: int = 0
+    """… and how many a deploy would wait for."""
 
 
 _KEPT = {
     "name", "revision", "spec", "spec_revision", "rolling", "paused", "rolled_back", "stuck", "history",
 }  # fmt: skip
 """Not wished for, but what has become of wishes."""
-_NO_RESTART = ("replicas", "standalone", "update", "autoscale")
+_NO_RESTART = ("replicas", "standalone", "update", "autoscale", "tier")
 
 
 def _flat(deployment: Deployment) -> dict[str, Any]:
@@ -136,6 +140,7 @@ def preview(
     prune: bool = False,
     leader: str | None = None,
     seed: int = 0,
+    min_nodes: int = 0,
     reservations: Mapping[str, Sequence[ReservationRecord]] | None = None,
 ) -> Preview:
     """`diff`, and for each agent that it concerns the node that it would get, keep or leave.
@@ -179,4 +184,5 @@ def preview(
             leaving[agent] = node
         elif owner in restarted:
             restarting[agent] = node
-    return Preview(tuple(changes), placements, unplaceable, restarting, leaving)
+    up = sum(node.status is NodeStatus.UP for node in nodes.values())
+    return Preview(tuple(changes), placements, unplaceable, restarting, leaving, up, min_nodes)

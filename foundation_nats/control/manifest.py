@@ -5,9 +5,12 @@ key given twice, a wrong type or a name that would collide is an error that
 says where it is and what would be right. Values of ``config`` must be plain
 JSON, because they travel to other machines and languages.
 
+Besides agents a manifest may say what a deploy shall wait for (``cluster``): that is for the one
+who deploys it and no wish, so it is stored nowhere, and several manifests never disagree on it.
+
 A manifest says nothing about revisions and about how an agent was started, so
 that `export` followed by `parse` keeps everything but `revision` and
-`standalone`.
+`standalone`; what it said of the cluster is not in the deployments.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +42,7 @@ from foundation_schemas import (
     PlacementPolicy,
     RateLimit,
     RestartLimit,
+    Tier,
     UpdatePolicy,
     WhenUnsatisfiable,
 )
@@ -48,7 +53,8 @@ TEXT_MAX = 8 * 1024 * 1024
 _ITEMS_MAX = 200_000
 _DEPTH_MAX = 32
 
-TOP_KEYS = ("version", "agents")
+TOP_KEYS = ("version", "cluster", "agents")
+CLUSTER_KEYS = ("min_nodes",)
 PLACEMENT_KEYS = (
     "strategy",
     "require",
@@ -64,6 +70,7 @@ AGENT_KEYS = (
     "name",
     "run",
     "replicas",
+    "tier",
     "critical",
     "durable",
     "capabilities",
@@ -83,7 +90,26 @@ SECTIONS: dict[str, type[BaseModel]] = {"update": UpdatePolicy, "autoscale": Aut
 RESTART_WORDS = ("permanent", "transient", "temporary")
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a manifest says."""
+
+    deployments: list[Deployment]
+    """What shall run, in its order."""
+    min_nodes: int = 0
+    """A deploy waits until so many nodes are up."""
+
+
 def load(path: str | Path) -> list[Deployment]:
+    """The deployments of the manifest at *path*.
+
+    Raises:
+        ManifestError: see `load_manifest`.
+    """
+    return load_manifest(path).deployments
+
+
+def load_manifest(path: str | Path) -> Manifest:
     """Read the manifest at *path*.
 
     Raises:
@@ -98,7 +124,7 @@ def load(path: str | Path) -> list[Deployment]:
         raise ManifestError(f"{file} is not UTF-8 text.") from error
     except OSError as error:
         raise ManifestError(f"{file} can't be read: {error.strerror}.") from error
-    return parse(text, source=str(file))
+    return parse_manifest(text, source=str(file))
 
 
 def parse(text: str, *, source: str = "manifest") -> list[Deployment]:
@@ -107,6 +133,15 @@ def parse(text: str, *, source: str = "manifest") -> list[Deployment]:
     Raises:
         ManifestError: says what is wrong, where, and what would be right; `details` has
             ``line`` and ``source``.
+    """
+    return parse_manifest(text, source=source).deployments
+
+
+def parse_manifest(text: str, *, source: str = "manifest") -> Manifest:
+    """All that a manifest says.
+
+    Raises:
+        ManifestError: see `parse`.
     """
     return _Parser(source).parse(text)
 
@@ -140,7 +175,7 @@ class _Parser:
             f"{where}: {message}", hint=hint, line=line, source=self._source, **more
         )
 
-    def parse(self, text: str) -> list[Deployment]:
+    def parse(self, text: str) -> Manifest:
         if len(text) > TEXT_MAX:
             self._fail(None, f"is larger than {TEXT_MAX // 1024 // 1024} MiB.")
         root = self._read(text)
@@ -159,9 +194,10 @@ class _Parser:
             )
         if "agents" not in root:
             self._fail(1, "the key 'agents' is missing.", "Add `agents:` with a list below it.")
+        min_nodes = self._min_nodes(root)
         agents = root["agents"]
         if agents is None:
-            return []
+            return Manifest([], min_nodes)
         if not isinstance(agents, CommentedSeq):
             self._fail(
                 _line(root, "agents"),
@@ -191,7 +227,18 @@ class _Parser:
                 "Rename one of them.",
                 agent=agent,
             )
-        return deployments
+        return Manifest(deployments, min_nodes)
+
+    def _min_nodes(self, root: CommentedMap) -> int:
+        cluster = root.get("cluster")
+        if cluster is None:
+            return 0
+        if not isinstance(cluster, CommentedMap):
+            self._wrong(root, "cluster", "keys such as {min_nodes: 3}")
+        self._check_keys(cluster, CLUSTER_KEYS, "'cluster'")
+        if cluster.get("min_nodes") is None:
+            return 0
+        return self._positive(cluster, "min_nodes")
 
     def _read(self, text: str) -> Any:
         yaml = YAML(typ="rt")
@@ -264,6 +311,8 @@ class _Parser:
         values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
         if item.get("replicas") is not None:
             values["replicas"] = self._replicas(item)
+        if item.get("tier") is not None:
+            values["tier"] = self._choice(item, "tier", [tier.value for tier in Tier])
         for key, kind in SECTIONS.items():
             if item.get(key) is not None:
                 values[key] = self._section(item, key, kind)
@@ -567,10 +616,12 @@ def export(deployments: Iterable[Deployment]) -> str:
         item: dict[str, Any] = {"name": deployment.name, "run": spec.run}
         if deployment.replicas is not None:
             item["replicas"] = deployment.replicas
+        if deployment.tier is not Tier.APP:
+            item["tier"] = deployment.tier.value
         values = spec.model_dump(mode="json")
         blank = AgentSpec(run=spec.run).model_dump(mode="json")
         for key in AGENT_KEYS:
-            if key in ("name", "run", "replicas") or values[key] == blank[key]:
+            if key in ("name", "run", "replicas", "tier") or values[key] == blank[key]:
                 continue
             item[key] = _changed(spec.placement) if key == "placement" else values[key]
         for key in SECTIONS:

@@ -20,7 +20,7 @@ from foundation_schemas import AgentSpec, Deployment, RestartLimit
 MODELINE = "# yaml-language-server: $schema="
 """The first line of a manifest, before the path or URL of the schema, as editors read it."""
 _RUN_PATTERN = r"^[^:\s]+:[^:\s]+$"
-_OF_WISH = ("name", "replicas", *manifest.SECTIONS)
+_OF_WISH = ("name", "replicas", "tier", *manifest.SECTIONS)
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -51,6 +51,22 @@ def manifest_schema() -> dict[str, Any]:
         "required": ["version", "agents"],
         "properties": {
             "version": {"const": manifest.VERSION, "description": "Of the format."},
+            "cluster": {
+                "anyOf": [
+                    {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "properties": {
+                            "min_nodes": {
+                                "anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}],
+                                "description": "A deploy waits until so many nodes are up.",
+                            },
+                        },
+                    },
+                    {"type": "null"},
+                ],
+                "description": "What a deploy waits for before it stores anything.",
+            },
             "agents": {
                 "anyOf": [
                     {"type": "array", "items": {"$ref": "#/$defs/Agent"}},

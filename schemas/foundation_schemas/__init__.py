@@ -84,6 +84,7 @@ from foundation_schemas.deployment import (
     Ending,
     Revision,
     RevisionOutcome,
+    Tier,
     UpdatePolicy,
 )
 from foundation_schemas.event import ClusterEvent
@@ -197,6 +198,7 @@ __all__ = [
     "SubscriptionMode",
     "Target",
     "TargetKind",
+    "Tier",
     "UpdatePolicy",
     "ValidateReply",
     "ValidateRequest",

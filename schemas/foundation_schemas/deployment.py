@@ -74,6 +74,15 @@ class Autoscale(WireModel):
         return self
 
 
+class Tier(StrEnum):
+    """When a deploy applies a deployment among the others of its manifest."""
+
+    CORE = "core"
+    """First, as a service that the others use: they come once it runs."""
+    APP = "app"
+    """Once the core of the manifest runs."""
+
+
 class RevisionOutcome(StrEnum):
     """What became of an earlier spec."""
 
@@ -113,6 +122,8 @@ class Deployment(WireModel):
     """Grows with every applied change."""
     update: UpdatePolicy = UpdatePolicy()
     autoscale: Autoscale | None = None
+    tier: Tier = Tier.APP
+    """Whether a deploy sees it through before it applies the others of its manifest."""
     spec_revision: int = 1
     """The revision in which the spec changed last."""
     rolling: bool = False

@@ -156,3 +156,57 @@ async def test_what_a_manifest_does_not_name_goes_only_when_that_is_said() -> No
         report = await cluster.deployments.deploy(one, prune=True)
         assert [change.kind.name for change in report.changes] == ["SAME", "REMOVED"]
         assert {info.id for info in await cluster.agents.list()} == {"a-0", "a-1", "single"}
+
+
+TIERS = """
+version: 1
+agents:
+  - {name: c, run: "fleet:Counter", replicas: 3}
+  - {name: base, run: "fleet:Counter", replicas: 2, tier: core, placement: {require: [%s]}}
+"""
+
+
+async def test_the_core_runs_before_the_rest_is_stored_and_nodes_are_waited_for() -> None:
+    """Nothing is stored with too few nodes, the core alone while it can't run; others' wishes stay."""
+    async with TestCluster(nodes=1, path=[str(AGENTS)]) as nodes:
+        deployments = nodes.client.deployments
+        await deployments.deploy('version: 1\nagents: [{name: other, run: "fleet:Counter"}]')
+        wanting = (TIERS % "").replace("version: 1", "version: 1\ncluster: {min_nodes: 2}")
+        plan = await deployments.plan(wanting)
+        assert (plan.nodes_up, plan.min_nodes) == (1, 2)
+        with pytest.raises(NotSettledError, match="1 node up of the 2 that are asked for") as late:
+            await deployments.deploy(wanting, timeout=0.5)
+        assert "Nothing was stored" in str(late.value.hint)
+        assert set(await deployments.wishes()) == {"other"}
+        with pytest.raises(NotSettledError, match="core: 0 of 2 running") as late:
+            await deployments.deploy(TIERS % "gold", timeout=0.5)
+        assert "of the rest nothing was stored" in str(late.value.hint)
+        assert [phase["state"] for phase in late.value.details["phases"]] == [
+            "passed",
+            "failed",
+            "ahead",
+            "ahead",
+        ]
+        assert "base-0" in late.value.details["reasons"]
+        assert set(await deployments.wishes()) == {"other", "base"}
+        nodes.start_node("n2")
+        running: list[int] = []
+        was_core_there: list[bool] = []
+
+        def note(report: DeployReport) -> None:
+            if any(change.name == "c" for change in report.changes) and not was_core_there:
+                core = next(item for item in report.statuses if item.name == "base")
+                was_core_there.append(core.settled)
+            running.append(len(report.changes))
+
+        report = await deployments.deploy(wanting, timeout=30, on_progress=note)
+        assert was_core_there == [True]
+        assert [change.name for change in report.changes] == ["base", "c"]
+        assert sorted(set(running)) == [0, 1, 2]
+        assert states(report) == ["passed"] * 4
+        assert "core: 2 of 2 running" in report.phase(PhaseName.SERVICES).text
+        again = await deployments.deploy(wanting)
+        assert {change.kind.name for change in again.changes} == {"SAME"}
+        pruned = await deployments.deploy(wanting, prune=True)
+        assert [change.name for change in pruned.changes] == ["base", "c", "other"]
+        assert set(await deployments.wishes()) == {"base", "c"}

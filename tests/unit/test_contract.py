@@ -25,10 +25,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "schemas"
 FULL = """
 version: 1
+cluster: {min_nodes: 3}
 agents:
   - name: counter
     run: pack.module:Counter
     replicas: 4
+    tier: core
     critical: true
     durable: true
     capabilities: [counting]
@@ -147,6 +149,9 @@ def test_a_manifest_with_every_key_passes() -> None:
     ("right", "wrong"),
     [
         ("version: 1", "version: 2"),
+        ("min_nodes: 3", "min_nodes: 0"),
+        ("min_nodes: 3", "min_node: 3"),
+        ("tier: core", "tier: crore"),
         ("name: counter", "nmae: counter"),
         ("name: counter", "name: a.b"),
         ("run: pack.module:Counter", "run: pack.module.Counter"),

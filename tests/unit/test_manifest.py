@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foundation_nats.control.manifest import export, load, parse
+from foundation_nats.control.diff import diff
+from foundation_nats.control.manifest import Manifest, export, load, parse, parse_manifest
 from foundation_nats.errors import ManifestError
 from foundation_nats.placement.strategies import STRATEGIES
 from foundation_schemas import (
@@ -19,6 +20,7 @@ from foundation_schemas import (
     OnNodeLoss,
     PlacementPolicy,
     Spread,
+    Tier,
     WhenUnsatisfiable,
 )
 
@@ -105,6 +107,13 @@ def replaced(old: str, new: str) -> str:
         (replaced("replicas: 3", "replicas: -1"), 5, ["between 0 and"]),
         (replaced("replicas: 3", "replicas: '3'"), 5, ["whole number"]),
         (replaced("replicas: 3", "replicas: true"), 5, ["whole number"]),
+        (replaced("replicas: 3", "tier: croe"), 5, ["'croe'", "core, app", "Did you mean 'core'"]),
+        (replaced("replicas: 3", "teir: core"), 5, ["'teir'", "'tier'"]),
+        (replaced("agents:", "cluster: 3\nagents:"), 2, ["the number 3", "{min_nodes: 3}"]),
+        (replaced("agents:", "cluster:\n  min_node: 3\nagents:"), 3, ["'min_node'", "'min_nodes'"]),
+        (replaced("agents:", "cluster: {min_nodes: 0}\nagents:"), 2, ["0, not 1 or more"]),
+        (replaced("agents:", "cluster: {min_nodes: two}\nagents:"), 2, ["a whole number"]),
+        (replaced("agents:", "cluster: {min_nodes: true}\nagents:"), 2, ["a whole number"]),
         (GOOD + " \tx: [", 18, ["not valid YAML"]),
     ],
 )
@@ -119,6 +128,24 @@ def test_what_is_wrong_is_told_with_its_line_and_a_remedy(
     assert shown.startswith(f"agents.yaml, line {line}:")
     for part in parts:
         assert part in shown
+
+
+def test_a_manifest_may_ask_for_nodes_and_say_what_is_core() -> None:
+    """Neither is asked for by itself; the tier reads back, and is no reason for a restart."""
+    text = replaced("agents:", "cluster: {min_nodes: 3}\nagents:").replace(
+        "replicas: 3", "replicas: 3\n    tier: core"
+    )
+    found = parse_manifest(text)
+    assert found.min_nodes == 3
+    assert [item.tier for item in found.deployments] == [Tier.CORE, Tier.APP]
+    assert parse(export(found.deployments)) == found.deployments
+    assert parse_manifest(GOOD).min_nodes == 0
+    assert parse_manifest("version: 1\ncluster:\nagents:") == Manifest([])
+    (change, _) = diff({item.name: item for item in parse(GOOD)}, found.deployments)
+    assert [(item.name, item.before, item.after) for item in change.fields] == [
+        ("tier", "app", "core")
+    ]
+    assert not change.restarts
 
 
 RULES = """\
