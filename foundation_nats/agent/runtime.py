@@ -54,6 +54,7 @@ from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.kv import Bucket, Entry
 from foundation_nats.bus.rpc import decode, encode, to_json
 from foundation_nats.bus.streams import (
+    PAGE,
     OnAck,
     PubAck,
     StoredMessage,
@@ -674,7 +675,10 @@ class Runtime:
                         await self._check(activation)
                         continue
                     era = self._era
-                    messages, more = await self.signals.page(subject, activation.fetched + 1)
+                    room = max(1, self.in_memory_max - activation.backlog)
+                    messages, more = await self.signals.page(
+                        subject, activation.fetched + 1, batch=min(PAGE, room)
+                    )
                     if era != self._era:
                         continue
                 except (BusError, FoundationError) as error:

@@ -31,7 +31,13 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.streams import api
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import Config
-from foundation_nats.errors import BusRefusedError, BusUnavailableError, NotFoundError, ServerError
+from foundation_nats.errors import (
+    BusRefusedError,
+    BusTimeoutError,
+    BusUnavailableError,
+    NotFoundError,
+    ServerError,
+)
 
 MIN_SERVER = (2, 14, 0)
 BUCKETS = ("nodes", "agents", "state", "desired", "leases", "settings", "coordination")
@@ -415,6 +421,10 @@ async def _ensure_stream(bus: Bus, stream: dict[str, Any]) -> int:
                 wanted["max_bytes"] = size = size - size // _LEFT_FREE
                 await api(bus, "STREAM.UPDATE", wanted["name"], wanted)
             return size
+        except BusTimeoutError:
+            # To create what is there, and just so, is answered as if it were new.
+            if monotonic() >= deadline:
+                raise
         except BusRefusedError as error:
             code = error.details.get("err_code")
             if code == _IN_USE_DIFFERENT:

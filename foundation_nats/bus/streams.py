@@ -40,7 +40,7 @@ from foundation_nats.errors import (
 )
 
 MULTI_LAST_MAX = 1000
-_PAGE = 256
+PAGE = 256
 _FRESH_TRIES = 50
 _FRESH_PAUSE_S = 0.05
 
@@ -221,7 +221,7 @@ class StreamReader:
         subject: str | None,
         start: int,
         *,
-        batch: int = _PAGE,
+        batch: int = PAGE,
         start_time: str | None = None,
     ) -> tuple[list[StoredMessage], int]:
         """Messages from sequence *start* on (or from *start_time*), and how many more there are.

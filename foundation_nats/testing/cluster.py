@@ -79,7 +79,8 @@ class NodeProcess:
     def resume(self) -> None:
         """SIGCONT the manager and every worker."""
         for member in self.family():
-            member.send_signal(signal.SIGCONT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGCONT)
 
     def terminate(self) -> None:
         """SIGTERM: drain and stop."""
