@@ -64,6 +64,17 @@ class Counter(Agent):
         self.state.seen.append(signal.data)
 
 
+class Still(Counter):
+    """Notes what was counted before, and counts no more."""
+
+    sensors = ()
+
+    @on("look")
+    def look(self, signal: Signal[Any]) -> int:
+        """How much it has noted."""
+        return len(self.state.seen)
+
+
 class Ticking(Agent):
     """Has a clock."""
 

@@ -60,6 +60,15 @@ def kill_workers(nodes: TestCluster, name: str) -> None:
         worker.send_signal(signal.SIGKILL)
 
 
+async def all_seen(nodes: TestCluster) -> list[list[int]]:
+    """What the counter has noted once it senses no more and has handled what was in its mailbox."""
+    agents = nodes.client.agents
+    await agents.stop("counter")
+    await agents.start("sensing:Still", id="counter")
+    await nodes.client.ask("counter", "look", timeout=10)
+    return await seen(nodes, "counter")
+
+
 def judge(found: list[list[int]], sink: Path) -> None:
     """Whether the sensors of one agent came one after the other, and lost nothing that was stored."""
     epochs = [epoch for epoch, _ in found]
@@ -100,8 +109,7 @@ async def test_killed_workers_and_nodes_leave_one_sensor(tmp_path: Path) -> None
         assert node is not None
         nodes.nodes[node].kill_all()
         await counted(4)
-        await agents.stop("counter")
-        judge(await seen(nodes, "counter"), sink)
+        judge(await all_seen(nodes), sink)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +137,7 @@ async def test_a_worker_that_dies_anywhere_between_sensing_and_handling_loses_no
             return bool(found) and found[-1][0] >= 3
 
         await eventually(died_twice, timeout=40, message="two have died, a third counts")
-        await agents.stop("counter")
-        judge(await seen(nodes, "counter"), sink)
+        judge(await all_seen(nodes), sink)
 
 
 @pytest.mark.parametrize("bug", ["", "answer_after_deadline"])
@@ -172,14 +179,14 @@ async def test_a_replaced_worker_that_senses_on_gets_nothing_stored(
             await eventually(went_on, message="the successor counts on")
         finally:
             victim.resume()
-        await agents.stop("counter")
-        found = await seen(nodes, "counter")
+        found = await all_seen(nodes)
         judge(found, sink)
         if bug:
-            # It went on until its commit was refused: to sense is harmless, to store is not allowed.
+            # It went on until a commit was refused, of an event or of the handling of the one
+            # before: to sense is harmless, to store is not allowed.
             tried = [line.split() for line in sink.read_text().splitlines()]
             last = max(int(number) for _, epoch, number in tried if epoch == "1")
-            assert [1, last] not in found
+            assert last - max(number for epoch, number in found if epoch == 1) in (0, 1)
 
 
 async def test_a_timer_keeps_its_row_of_moments_over_a_crash(one: TestCluster) -> None:
