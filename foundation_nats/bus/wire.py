@@ -176,6 +176,14 @@ class WireClient(Client):
                 raise errors.Error("TLS is asked for, and the server offers none")
         await super()._process_info(info, initial_connection)
 
+    def _connect_command(self) -> bytes:
+        # nats-py makes an encrypted stream by hand and doesn't tell its protocol, which then logs
+        # a warning at the end of every connection.
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and writer.get_extra_info("sslcontext") is not None:
+            writer._protocol._over_ssl = True
+        return super()._connect_command()
+
     def dispatch(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
     ) -> None:

@@ -138,8 +138,10 @@ async def test_who_asks_for_tls_never_speaks_in_plain_text(papers: Path) -> None
             await bus.close()
 
 
-async def test_a_client_that_is_cut_off_encrypts_again(papers: Path) -> None:
-    """The server dies and comes back: the same certificate, checked the same way."""
+async def test_a_client_that_is_cut_off_encrypts_again(
+    papers: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server dies and comes back: the same certificate, checked the same way; asyncio has no word to say."""
     async with TestServer(_tls(papers)) as server:
         bus = await Bus.connect(
             BusConfig(servers=(server.url,), ca=str(papers / "ca.pem")), "enduring"
@@ -152,6 +154,7 @@ async def test_a_client_that_is_cut_off_encrypts_again(papers: Path) -> None:
             assert writer.get_extra_info("ssl_object") is not None
         finally:
             await bus.close()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_an_nkey_opens_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
