@@ -170,7 +170,8 @@ async def test_an_nkey_opens_the_server(tmp_path: Path, monkeypatch: pytest.Monk
     async with TestServer(EmbeddedConfig(extra=users)) as server:
         servers = (server.url,)
         await _works(BusConfig(servers=servers, nkey=str(path), inbox_prefix="_INBOX.mine"))
-        for refused in (BusConfig(servers=servers), BusConfig(servers=servers, nkey=str(wrong))):
+        for given in (None, str(wrong)):
+            refused = BusConfig(servers=servers, nkey=given, connect_timeout_s=0.5)
             with pytest.raises(PermissionDeniedError, match="refused"):
                 await Bus.connect(refused, "stranger")
         for bad, says in ((broken, "no seed of a user"), (tmp_path / "none", "can't be read")):
