@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import nkeys
 import pytest
+import trustme
 
 from foundation_nats import Cluster
 from foundation_nats.bus.connection import Bus
@@ -19,28 +19,15 @@ from foundation_nats.testing import TestServer
 from tests.integration.test_credentials import _USER, _key, _trust
 
 
-def _openssl(*arguments: str, folder: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
 def _certificates(folder: Path, ca: str, *names: str) -> None:
     """Files ``CA.pem``, and ``NAME.pem`` with ``NAME.key`` for each name, valid for 127.0.0.1."""
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    _openssl(
-        *("req", "-x509", *curve, "-days", "2", "-subj", f"/CN={ca}"),
-        *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),
-        *("-keyout", f"{ca}.key", "-out", f"{ca}.pem"),
-        folder=folder,
-    )
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / f"{ca}.pem")
+    authority.private_key_pem.write_to_path(folder / f"{ca}.key")
     for name in names:
-        _openssl(
-            *("req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}"),
-            *("-CA", f"{ca}.pem", "-CAkey", f"{ca}.key"),
-            *("-addext", "basicConstraints=critical,CA:FALSE"),
-            *("-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", f"{name}.key", "-out", f"{name}.pem"),
-            folder=folder,
-        )
+        issued = authority.issue_cert("127.0.0.1", common_name=name)
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
 
 
 @pytest.fixture(scope="module")
