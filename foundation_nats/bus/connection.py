@@ -382,7 +382,7 @@ class Bus:
         limit = self._config.request_timeout_s if timeout is None else timeout
         deadline = monotonic() + limit
         self._pending[token] = _Pending(subject, on_reply, deadline, many)
-        if deadline < self._expiry_at:
+        if deadline + _EXPIRY_SLACK_S < self._expiry_at:
             self._expire_at(deadline)
         return token
 

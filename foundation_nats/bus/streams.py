@@ -12,12 +12,17 @@ Facts verified on nats-server 2.15.1:
 - Batched Direct Get ends with status 204, or 404 where nothing matches; it may
   be answered by any replica and so be stale. ``STREAM.MSG.GET`` asks the leader.
 - ``multi_last`` refuses more than 1,024 subjects (413).
+- A replica that has fallen silent (its cable is pulled) is given Direct Gets until the other
+  servers drop the routes to it: by the default times of ``cluster.ping_interval`` that was half
+  a minute, in which every second to third Direct Get had no answer. What has none for a second
+  is asked again, then of the leader.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +41,7 @@ from foundation_nats.errors import (
     MailboxFullError,
     NoRespondersError,
     NotFoundError,
+    PermissionDeniedError,
     StaleRevisionError,
 )
 
@@ -43,6 +49,10 @@ MULTI_LAST_MAX = 1000
 PAGE = 256
 _FRESH_TRIES = 50
 _FRESH_PAUSE_S = 0.05
+_SILENCE_S = 1.0
+"""How long a replica may say nothing before its question is put again."""
+_REPLICAS_TRIED = 2
+_LEADER_AT_ONCE = 50
 
 WRONG_LAST_SEQUENCE = 10071
 WRITE_IN_FLIGHT = 10164
@@ -194,6 +204,18 @@ def identity(info: Mapping[str, Any]) -> tuple[str, str]:
     return info.get("created", ""), (info.get("cluster") or {}).get("leader", "")
 
 
+class _SilentError(BusTimeoutError):
+    """Whoever was asked said nothing for too long."""
+
+
+def _portions(count: int) -> Iterable[tuple[int, int]]:
+    """One, then many at once."""
+    start, end = 0, 1
+    while start < count:
+        yield start, min(end, count)
+        start, end = end, end + _LEADER_AT_ONCE
+
+
 class StreamReader:
     """Reads and trims one stream."""
 
@@ -295,11 +317,60 @@ class StreamReader:
         return await self._collect({"multi_last": subjects, "batch": MULTI_LAST_MAX + 24})
 
     async def _collect(self, body: Mapping[str, Any]) -> tuple[list[StoredMessage], int, int]:
-        """The messages, how many follow, and (of ``multi_last``) how far the replica was."""
+        """The messages, how many follow, and (of ``multi_last``) how far the replica was.
+
+        Where replicas are silent the leader is asked, message by message; then how many follow
+        is only whether any may.
+        """
+        for _ in range(_REPLICAS_TRIED):
+            try:
+                return await self._direct(body, patience=_SILENCE_S)
+            except _SilentError:
+                continue
+        try:
+            return await self._by_leader(body)
+        except PermissionDeniedError:
+            # Credentials may allow one way of reading alone.
+            return await self._direct(body)
+
+    async def _by_leader(self, body: Mapping[str, Any]) -> tuple[list[StoredMessage], int, int]:
+        """What a Direct Get of *body* would find, asked of the leader; nothing is newer."""
         messages: list[StoredMessage] = []
-        done: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        subjects: list[str] | None = body.get("multi_last")
+        if subjects is not None:
+            # One alone first: many would only add to the trouble of a leader that is in some.
+            for start, end in _portions(len(subjects)):
+                found = await asyncio.gather(*map(self.last_from_leader, subjects[start:end]))
+                messages += [message for message in found if message is not None]
+            messages.sort(key=lambda message: message.sequence)
+            return messages, 0, sys.maxsize
+        question = {key: body[key] for key in ("seq", "start_time") if key in body}
+        subject = body.get("next_by_subj", ">")
+        while len(messages) < body["batch"]:
+            message = await self._get({**question, "next_by_subj": subject})
+            if message is None:
+                return messages, 0, 0
+            messages.append(message)
+            question = {"seq": message.sequence + 1}
+        return messages, 1, 0
+
+    async def _direct(
+        self, body: Mapping[str, Any], *, patience: float | None = None
+    ) -> tuple[list[StoredMessage], int, int]:
+        """One Direct Get; *patience*: how long nothing may come.
+
+        Raises:
+            _SilentError: nothing came for so long.
+            BusTimeoutError, BusUnavailableError, BusRefusedError
+        """
+        loop = asyncio.get_running_loop()
+        messages: list[StoredMessage] = []
+        done: asyncio.Future[tuple[int, int]] = loop.create_future()
+        heard_at = loop.time()
+        timer: asyncio.TimerHandle | None = None
 
         def on_reply(reply: Message | BusError) -> None:
+            nonlocal heard_at
             if done.done():
                 return
             if isinstance(reply, BusError):
@@ -320,6 +391,7 @@ class StreamReader:
                     )
                 )
             else:
+                heard_at = loop.time()
                 headers = reply.headers()
                 messages.append(
                     StoredMessage(
@@ -331,14 +403,28 @@ class StreamReader:
                     )
                 )
 
+        def listen(patience: float) -> None:
+            nonlocal timer
+            if done.done():
+                return
+            left = heard_at + patience - loop.time()
+            if left <= 0:
+                done.set_exception(_SilentError(f"A replica of {self.stream} is silent."))
+            else:
+                timer = loop.call_later(left, listen, patience)
+
         token = self._bus.request_nowait(
             direct_get(self.stream), orjson.dumps(body), on_reply, many=True
         )
+        if patience is not None:
+            listen(patience)
         try:
             pending, up_to = await done
         except NoRespondersError as error:
             raise BusUnavailableError(f"No server answers reads of {self.stream}.") from error
         finally:
+            if timer is not None:
+                timer.cancel()
             self._bus.forget(token)
         return messages, pending, up_to
 

@@ -18,6 +18,10 @@ from foundation_nats.node.embedded import EmbeddedConfig
 from foundation_nats.testing.links import Link
 from foundation_nats.testing.server import TestServer
 
+ROUTE_PINGS = 'ping_interval: "2s", ping_max: 2'
+"""Of a ``cluster`` section: a server that has fallen silent is noticed by the others in 6 s, as
+docker/nats.conf has it; by default it takes them half a minute and more."""
+
 
 class Brokers:
     """An ``async with`` that gives a NATS cluster of *count* servers, ready for R3 streams.
@@ -89,7 +93,7 @@ class Brokers:
         )
         return (
             f'cluster {{ name: C, listen: "127.0.0.1:{ports[index]}", advertise: "127.0.0.1:1", '
-            f"no_advertise: true, routes: [{routes}] }}"
+            f"no_advertise: true, {ROUTE_PINGS}, routes: [{routes}] }}"
         )
 
     async def __aexit__(
@@ -112,4 +116,4 @@ def free_port() -> int:
         return port
 
 
-__all__ = ["Brokers", "free_port"]
+__all__ = ["ROUTE_PINGS", "Brokers", "free_port"]

@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from foundation_nats.node.embedded import EmbeddedConfig, probe_server
+from foundation_nats.testing.brokers import ROUTE_PINGS
 from foundation_nats.testing.links import Link
 from foundation_nats.testing.server import TestServer
 
@@ -246,7 +247,7 @@ class LanServer(TestServer):
             routes = ", ".join(f'"nats-route://{peer.address}:{ROUTES_PORT}"' for peer in peers)
             extra = (
                 f'cluster {{ name: C, listen: "{host.address}:{ROUTES_PORT}", '
-                f"no_advertise: true, routes: [{routes}] }}"
+                f"no_advertise: true, {ROUTE_PINGS}, routes: [{routes}] }}"
             )
         # Nobody but the hosts of the network can reach it, so it needs no guard.
         config = EmbeddedConfig(host=host.address, port=PORT, insecure=True, extra=extra)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus import rpc
 from foundation_nats.bus.connection import Bus
@@ -85,6 +86,21 @@ async def test_a_request_in_flight_fails_when_the_connection_drops(
         bus.publish("anything", b"")
     await server.restart()
     await bus.wait_connected(10)
+
+
+async def test_a_request_times_out_however_many_others_follow_it(bus: Bus) -> None:
+    """Later deadlines don't put off the look at the first one."""
+    bus.subscribe("silent", lambda _message: None)
+    await bus.flush()
+    asking = asyncio.create_task(bus.request("silent", b"", timeout=0.3))
+    began = monotonic()
+    while not asking.done() and monotonic() - began < 2:
+        bus.forget(bus.request_nowait("silent", b"", lambda _reply: None, timeout=0.3))
+        bus.request_nowait("silent", b"", lambda _reply: None, timeout=0.3)
+        await asyncio.sleep(0.01)
+    assert asking.done(), "it waits for the others"
+    with pytest.raises(BusTimeoutError):
+        await asking
 
 
 async def test_subscriptions_survive_a_restart_and_nothing_is_sent_late(

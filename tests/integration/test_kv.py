@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from foundation_nats.base.tasks import TaskScope
-from foundation_nats.bus import assets
+from foundation_nats.bus import assets, streams
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.kv import Bucket, Entry
-from foundation_nats.bus.streams import StreamReader, api, append
+from foundation_nats.bus.streams import StoredMessage, StreamReader, api, append
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.config import Config
 from foundation_nats.errors import (
@@ -163,3 +163,47 @@ def test_old_servers_and_servers_without_jetstream_are_refused() -> None:
         assets.check_server({"version": "2.9.0", "jetstream": True})
     with pytest.raises(ServerError, match="without JetStream"):
         assets.check_server({"version": "2.15.1"})
+
+
+async def test_what_a_silent_replica_does_not_answer_the_leader_is_asked(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same messages as by Direct Get: pages, from a time on, last ones; and in little time."""
+    for number in range(7):
+        await append(bus, NAMES.mailbox(f"m{number % 2}"), b"%d" % number, headers={"A": "b"})
+    reader = StreamReader(bus, NAMES.signals_stream)
+    whole, _ = await reader.page(None, 1)
+    named = [NAMES.mailbox(name) for name in ("m0", "m1", "none")]
+    since = whole[3].time
+    straight = [
+        whole,
+        (await reader.page(NAMES.mailbox("m1"), 1))[0],
+        (await reader.page(None, 1, start_time=since))[0],
+        list((await reader.last_of(named)).values()),
+        list((await reader.last_of_by_now(named)).values()),
+    ]
+    asked: list[bytes] = []
+    bus.subscribe("silent", lambda message: asked.append(message.data))
+    await bus.flush()
+    monkeypatch.setattr(streams, "direct_get", lambda _stream: "silent")
+    monkeypatch.setattr(streams, "_SILENCE_S", 0.05)
+    instead = [
+        (await reader.page(None, 1))[0],
+        (await reader.page(NAMES.mailbox("m1"), 1))[0],
+        (await reader.page(None, 1, start_time=since))[0],
+        list((await reader.last_of(named)).values()),
+        list((await reader.last_of_by_now(named)).values()),
+    ]
+    assert len(asked) == 10, "each is tried twice"
+
+    def shown(pages: list[list[StoredMessage]]) -> list[list[tuple[str, int, bytes, str, str]]]:
+        return [
+            [(m.subject, m.sequence, m.data, m.headers["A"], m.time) for m in page]
+            for page in pages
+        ]
+
+    assert [len(page) for page in straight] == [7, 3, 4, 2, 2]
+    assert shown(instead) == shown(straight)
+    part, more = await reader.page(None, 1, batch=3)
+    assert [message.sequence for message in part] == [message.sequence for message in whole[:3]]
+    assert more
