@@ -24,6 +24,7 @@ import asyncio
 import ctypes
 import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -218,6 +219,12 @@ class Lan:
         _run(host.namespace, f"tc qdisc replace dev eth0 {shape}")
         host.is_narrow = True
 
+    def dropped(self, name: str) -> int:
+        """How many packets a narrow line has thrown away, in both directions."""
+        said = _run(self._middle, f"tc -s qdisc show dev {self.hosts[name].port}")
+        said += _run(self.hosts[name].namespace, "tc -s qdisc show dev eth0")
+        return sum(int(count) for count in re.findall(r"dropped (\d+)", said))
+
     def heal(self, *names: str) -> None:
         """Undo everything, for these hosts or for all."""
         for host in [self.hosts[name] for name in names] or list(self.hosts.values()):
@@ -296,12 +303,13 @@ def _path(namespace: int) -> str:
     return f"/proc/{os.getpid()}/fd/{namespace}"
 
 
-def _run(namespace: int, *commands: str) -> None:
-    """Run the system's programs in a namespace, one after the other.
+def _run(namespace: int, *commands: str) -> str:
+    """What the system's programs print in a namespace, run one after the other.
 
     Raises:
         OSError: one failed; says what it said.
     """
+    printed = []
     for command in commands:
         done = subprocess.run(
             ["nsenter", f"--net={_path(namespace)}", *command.split()],
@@ -314,6 +322,8 @@ def _run(namespace: int, *commands: str) -> None:
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
             raise OSError(f"{command}: {said}")
+        printed.append(done.stdout)
+    return "".join(printed)
 
 
 def _new_namespace() -> int:
