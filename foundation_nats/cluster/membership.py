@@ -74,6 +74,7 @@ from foundation_nats.config import LivenessConfig
 from foundation_nats.errors import (
     BusError,
     BusTimeoutError,
+    BusUnavailableError,
     DecodeError,
     FoundationError,
     NodeNameTakenError,
@@ -403,12 +404,21 @@ class Membership:
         Later leaders, and the node itself should it live, learn of it: none may confirm the
         old activations' right to answer again.
 
+        Our own record is written first. Where the brokers have parted, and this node with them,
+        nothing can be stored, but what was tried may be once they are together again: the end of
+        somebody who was only as cut off as we are.
+
         Args:
             was_short: this life ended soon after it had begun.
 
         Raises:
-            BusTimeoutError, BusUnavailableError: not known to be written; don't go on.
+            BusTimeoutError, BusUnavailableError: not known to be written, or nothing can be
+                stored now, or the verdict was taken back meanwhile; don't go on.
         """
+        if self._sealed.get(node, -1) < incarnation:
+            await self.update()
+            if not self.is_down(node, incarnation):
+                raise BusUnavailableError(f"Node {node!r} has been heard again.")
         while self._sealed.get(node, -1) < incarnation:
             entry = await self._bucket.read(node)
             record = NodeRecord(name=node, incarnation=incarnation)

@@ -279,6 +279,7 @@ async def test_three_sides_of_one_broker_each_commit_nothing_and_declare_nobody_
     async with site(["n1", "n2", "n3"], brokers=3) as found:
         load, epochs = await loaded(found)
         before = await found.downs()
+        lives = {node.name: node.incarnation for node in await found.nodes.client.nodes.list()}
         async with AsyncExitStack() as stack:
             doors = [
                 await stack.enter_async_context(found.door(server, f"side-{number}"))
@@ -306,3 +307,5 @@ async def test_three_sides_of_one_broker_each_commit_nothing_and_declare_nobody_
         await judge(found, load, epochs)
         assert await found.downs() == before == []
         await found.nodes.wait_up(["n1", "n2", "n3"], timeout=30)
+        after = {node.name: node.incarnation for node in await found.nodes.client.nodes.list()}
+        assert after == lives, "a node was taken for dead"
