@@ -110,6 +110,8 @@ _LAG_MIN_S = 0.05
 _LAG_MEMORY_S = 5.0
 _JOIN_PINGS = 3
 _JOIN_PAUSE_S = 0.2
+_LEADERLESS_S = 6.0
+"""How long a node that joins waits for the stream of `nodes` to have a leader."""
 _JOIN_PING_TIMEOUT_S = 1.0
 _PROBE_TIMEOUT_S = 1.0
 _SETTLE_S = 0.3
@@ -267,8 +269,10 @@ class Membership:
         if self._record is None:
             raise ValueError("an observer has no record to join with")
         name = self._record.name
-        async with asyncio.timeout(timeout):
-            for attempt in range(5):
+        until = monotonic() + _LEADERLESS_S
+        async with asyncio.timeout(timeout + _LEADERLESS_S):
+            attempts = 0
+            while True:
                 entry = await self._bucket.read(name)
                 previous = 0
                 if entry is not None and entry.value is not None:
@@ -281,12 +285,18 @@ class Membership:
                     )
                     break
                 except StaleRevisionError:
-                    if attempt == 4:
+                    attempts += 1
+                    if attempts == 5:
                         raise NodeNameTakenError(
                             f"Another process is joining as node {name!r} right now.",
                             hint="Give this node another name with --name.",
                             node=name,
                         ) from None
+                except BusUnavailableError:
+                    # Copies that were just made, or have lost a server, elect their leader first.
+                    if monotonic() >= until:
+                        raise
+                    await asyncio.sleep(_JOIN_PAUSE_S)
         self._is_member = True
         self._see_self()
         self._serve(scope)

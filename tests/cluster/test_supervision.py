@@ -20,14 +20,19 @@ async def _state(nodes: TestCluster, id: str) -> dict[str, Any]:
 
 async def _until(nodes: TestCluster, id: str, timeout: float = 20, **wanted: Any) -> None:
     async def so() -> bool:
+        """In any order: who of two children runs first is up to the cluster."""
         state = await _state(nodes, id)
-        return all(state.get(key) == value for key, value in wanted.items())
+        return all(_sorted(state.get(key)) == _sorted(value) for key, value in wanted.items())
 
     try:
         await eventually(so, timeout=timeout, message=f"{id} is {wanted}")
     except AssertionError as error:
         error.add_note(f"{id} is {await _state(nodes, id)}")
         raise
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 async def _gone(nodes: TestCluster, id: str) -> None:

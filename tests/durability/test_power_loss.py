@@ -43,7 +43,10 @@ def within_the_promise(mode: Mode, loss: Loss) -> None:
 async def test_a_power_cut_loses_nothing_that_was_acknowledged_under_sync_always() -> None:
     """One server, `always`: every acknowledged message is there."""
     mode = Mode(1, "always")
-    within_the_promise(mode, await measure(mode, load_s=1.0))
+    loss = await measure(mode, load_s=1.0)
+    if loss.acknowledged <= 20:  # a disk that others use, too
+        loss = await measure(mode, load_s=8.0)
+    within_the_promise(mode, loss)
 
 
 async def test_a_power_cut_loses_little_of_what_the_embedded_default_acknowledged() -> None:

@@ -176,8 +176,14 @@ async def test_messages_become_tasks(nodes: TestCluster) -> None:
             return len((await http.get(url + CARD)).json()["skills"]) == 2
 
         await eventually(both)
+
+        async def described() -> bool:
+            """Soon: a node is asked what the class says of itself."""
+            card = (await http.get(f"{url}/agents/clerk{CARD}")).json()
+            return bool(card["description"] == "Returns attachments, and counts them.")
+
+        await eventually(described, message="its card says what its class says")
         card = (await http.get(f"{url}/agents/clerk{CARD}")).json()
-        assert card["description"] == "Returns attachments, and counts them."
         assert card["supportedInterfaces"][0]["url"] == f"{url}/agents/clerk"
         assert (await http.get(f"{url}/agents/nobody{CARD}")).status_code == 404
         async with client_of(f"{url}/agents/clerk") as clerk:
