@@ -31,9 +31,9 @@ architecture: install
 # Real processes and real time-outs on few cores: what was late among others is run again alone, and
 # must pass then. A name in the second list twice is a bug of the test or of the code.
 unit: install
-	$(BIN)/python -m pytest -q tests --numprocesses 3 --dist worksteal $(TESTS) || { \
+	$(BIN)/python -m pytest -q $(or $(TESTS),tests) --numprocesses 3 --dist worksteal || { \
 		echo "== Failed among others; once more, alone: =="; \
-		$(BIN)/python -m pytest -q tests --last-failed --last-failed-no-failures none $(TESTS); }
+		$(BIN)/python -m pytest -q $(or $(TESTS),tests) --last-failed --last-failed-no-failures none; }
 
 check: lint types architecture
 
@@ -57,7 +57,7 @@ soak: install
 
 # The fault tests that take too long for every run, and each safeguard removed in turn.
 test-long: install
-	$(BIN)/python -m pytest -q tests/cluster tests/chaos tests/model tests/durability --chaos $(TESTS)
+	$(BIN)/python -m pytest -q $(or $(TESTS),tests/cluster tests/chaos tests/model tests/durability tests/gateways) --chaos
 
 wheel-check: install
 	$(BIN)/python -m pytest -q tests/packaging
