@@ -193,7 +193,8 @@ async def test_everybody_is_asked_and_a_quorum_is_enough() -> None:
         assert isinstance(answers.errors["slow"], AskTimeoutError)
         with pytest.raises(QuorumError) as caught:
             await ask_all("capability:r", "sleep", 0.0, quorum=0.9, timeout=0.3)
-        assert set(caught.value.details["results"]) == {"a", "b"}
+        # It ends as soon as the one that can't answer has said so.
+        assert set(caught.value.details["results"]) <= {"a", "b"}
         began = loop.time()
         with pytest.raises(QuorumError, match=r"3 are needed") as caught:
             await ask_all("agent:a", "sleep", 5.0, quorum=3, timeout=20)
