@@ -7,13 +7,13 @@ by a slip of an option; TLS is for what stands in front.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from foundation_nats.base.asgi import quiet_server
 from foundation_nats.base.tasks import TaskScope
 from foundation_nats.errors import ConfigError, FoundationError
 
@@ -99,7 +99,7 @@ class Web:
         except OSError as error:
             raise ConfigError(f"Can't listen at {self.url}: {error.strerror or error}.") from error
         self._port = int(listener.getsockname()[1])
-        self._server = _uvicorn(self._app)
+        self._server = quiet_server(self._app, lifespan="on")
         self._scope = TaskScope("web")
         self._serving = self._scope.start(self._server.serve(sockets=[listener]), "serve")
         for _ in range(int(_START_S / 0.01)):
@@ -153,30 +153,6 @@ async def _refuse(
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b'{"error":"%b"}' % why})
-
-
-def _uvicorn(app: Any) -> Any:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            # The command has its own handlers.
-            yield
-
-    return Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            interface="asgi3",
-            server_header=False,
-            timeout_graceful_shutdown=2,
-            limit_concurrency=512,
-        )
-    )
 
 
 __all__ = ["Web", "is_loopback", "missing", "read_address"]

@@ -24,6 +24,7 @@ from typing import Any
 import orjson
 
 from foundation_nats.agent.sensors.sensor import Surroundings
+from foundation_nats.base.asgi import quiet_server
 from foundation_nats.base.logs import get_logger
 from foundation_nats.bus.wire import Message
 from foundation_nats.errors import (
@@ -173,7 +174,7 @@ class Door:
             raise ConfigError(
                 f"Can't listen at {host}:{port}: {who} has the port.", hint="Choose another one."
             ) from error
-        self._server = _uvicorn(self._app)
+        self._server = quiet_server(self._app, lifespan="off")
         self.start(self._serve(listener))
         for _ in range(int(_START_S / 0.01)):
             if self._server.started or self.is_broken:
@@ -412,30 +413,6 @@ async def _who_listens(host: str, port: int) -> str | None:
         if name.lower() == _GREETING:
             return value.strip().decode("latin-1")
     return None
-
-
-def _uvicorn(app: Any) -> Any:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            # The worker has its own handlers.
-            yield
-
-    return Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            interface="asgi3",
-            server_header=False,
-            timeout_graceful_shutdown=2,
-            limit_concurrency=512,
-        )
-    )
 
 
 __all__ = ["Answer", "Door", "Endpoint", "Request", "serving", "unavailable"]
