@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Any, TypeVar
+from weakref import ReferenceType, ref
 
 import orjson
 
@@ -90,7 +91,6 @@ class Context:
     """What a handler may know and call besides its state."""
 
     __slots__ = (
-        "_agent",
         "_consensus",
         "_emissions",
         "_family",
@@ -102,6 +102,7 @@ class Context:
         "_link",
         "_nursery",
         "_offload",
+        "_owner",
         "_runs",
         "_sensor_orders",
         "_stop_reason",
@@ -130,7 +131,7 @@ class Context:
         """The signal in hand."""
         self._emissions: list[Emission] = []
         self._keys = 0
-        self._agent: AnyAgent | None = None
+        self._owner: ReferenceType[AnyAgent] | None = None
         self._runs: dict[str, int] | None = None
         self._stop_reason: str | None = None
         self._gauges: dict[str, float] = {}
@@ -143,6 +144,15 @@ class Context:
         self._link: ParentLink | None = None
         self._nursery: Nursery | None = None
         self._supervision = _UNSUPERVISED
+
+    @property
+    def _agent(self) -> AnyAgent | None:
+        """Whose context it is; weakly, or an agent that sleeps or ends would keep its memory till a full collection."""
+        return None if self._owner is None else self._owner()
+
+    @_agent.setter
+    def _agent(self, agent: AnyAgent) -> None:
+        self._owner = ref(agent)
 
     @property
     def idempotency_key(self) -> str:

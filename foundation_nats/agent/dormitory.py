@@ -130,19 +130,21 @@ class Dormitory:
         try:
             while self._idle:
                 await asyncio.sleep(self._every_s)
-                now = monotonic()
-                for activation, (commit, consumed, since) in list(self._idle.items()):
-                    patience = self._patience(activation)
-                    if patience is None or not self._runtime.holds(activation):
-                        del self._idle[activation]
-                        continue
-                    seen = activation.commit_no, activation.consumed
-                    if seen != (commit, consumed) or not activation.is_idle:
-                        self._idle[activation] = (*seen, now)
-                    elif now - since >= patience:
-                        activation.sleep()
+                self._look_once(monotonic())
         finally:
             self._is_looking = False
+
+    def _look_once(self, now: float) -> None:
+        for activation, (commit, consumed, since) in list(self._idle.items()):
+            patience = self._patience(activation)
+            if patience is None or not self._runtime.holds(activation):
+                del self._idle[activation]
+                continue
+            seen = activation.commit_no, activation.consumed
+            if seen != (commit, consumed) or not activation.is_idle:
+                self._idle[activation] = (*seen, now)
+            elif now - since >= patience:
+                activation.sleep()
 
     def lay_down(self, activation: Activation) -> None:
         """It is stored as it is: from now on it sleeps."""

@@ -83,6 +83,7 @@ class RunnerPool:
                     if self._ready:
                         self._plan_kick()
                     await activation.run(task)
+                    del activation  # an idle runner shall not keep what it ran last
                     if monotonic() > slice_end:
                         await asyncio.sleep(0)
                         slice_end = monotonic() + _SLICE_S

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
+from weakref import ReferenceType, ref
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -71,7 +72,8 @@ class Skill:
     requires: ClassVar[Collection[str]] = ()
     """Names of skills that must be mounted beside it."""
 
-    _agent: AnyAgent
+    _owner: ReferenceType[AnyAgent]
+    """Weakly: an agent that sleeps or ends shall not keep its memory till a full collection."""
 
     def __init__(self, name: str | None = None, **config: Any) -> None:
         kind = type(self)
@@ -95,23 +97,30 @@ class Skill:
 
     @property
     def agent(self) -> AnyAgent:
-        """Whose part it is."""
-        return self._agent
+        """Whose part it is; it lives no longer than that.
+
+        Raises:
+            ReferenceError: it has gone.
+        """
+        agent = self._owner()
+        if agent is None:
+            raise ReferenceError(f"the agent of skill {self.mount} has gone")
+        return agent
 
     @property
     def id(self) -> str:
         """The agent's name."""
-        return self._agent.id
+        return self.agent.id
 
     @property
     def ctx(self) -> Context:
         """As `Agent.ctx`."""
-        return self._agent.ctx
+        return self.agent.ctx
 
     @property
     def state(self) -> Any:
         """Its slice of the agent's state."""
-        return getattr(self._agent.state, self.mount)
+        return getattr(self.agent.state, self.mount)
 
     def emit(
         self,
@@ -123,7 +132,7 @@ class Skill:
         deadline: datetime | None = None,
     ) -> None:
         """As `Agent.emit`."""
-        self._agent.emit(type, data, to=to, ttl=ttl, deadline=deadline)
+        self.agent.emit(type, data, to=to, ttl=ttl, deadline=deadline)
 
     # ---- what depends on how it is mounted -------------------------------------------
 
@@ -231,7 +240,7 @@ def bind_skills(agent: AnyAgent, skills: Iterable[Skill]) -> dict[str, Any]:
     bound = {}
     for skill in skills:
         mine = copy.copy(skill)
-        mine._agent = agent
+        mine._owner = ref(agent)
         over = agent.ctx.config.get(skill.mount)
         if over is not None:
             if not isinstance(over, dict):

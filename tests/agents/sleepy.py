@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import WeakSet
+
 from pydantic import Field
 
 from foundation_nats import Agent, RecoveredFrom, Signal, State, on
+from foundation_nats.agent.skills import Skill
 
 
 class Sleepy(Agent):
@@ -48,6 +52,25 @@ class Plain(Agent):
         """Add so many."""
         self.state.total += signal.data
         return int(self.state.total)
+
+
+_BODIES: WeakSet[Agent] = WeakSet()
+
+
+class Dreamer(Plain):
+    """Can be seen to leave nothing in its worker, although nobody collects garbage there."""
+
+    skills = (Skill("habit"),)
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        gc.disable()
+        assert self.skill["habit"].agent is self
+        _BODIES.add(self)
+
+    @on("bodies")
+    async def bodies(self, signal: Signal[None]) -> int:
+        """How many of them are in this process's memory, this one included."""
+        return len(_BODIES)
 
 
 class Diary(Agent):

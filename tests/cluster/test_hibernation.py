@@ -65,6 +65,22 @@ async def test_a_signal_and_a_question_wake_an_agent_that_sleeps() -> None:
         assert events.count("started") == 2
 
 
+async def test_an_agent_that_sleeps_leaves_its_workers_memory_at_once() -> None:
+    """By counting references: a circle would keep its state till a full collection, which is rare."""
+    async with TestCluster(nodes=1, workers=1, path=[str(AGENTS)]) as nodes:
+        client = nodes.client
+        names = [f"d{number}" for number in range(5)]
+        for name in names:
+            await client.agents.start("sleepy:Dreamer", id=name)
+            assert await client.ask(name, "add", 1) == 1
+        await _asleep(nodes, *names)
+        assert await client.ask(names[0], "bodies") == 1
+        await client.agents.start("sleepy:Dreamer", id="short")
+        await client.agents.stop("short")
+        await _asleep(nodes, *names)
+        assert await client.ask(names[1], "bodies") == 1, "nor does one that ends stay"
+
+
 async def test_a_sleeper_whose_node_dies_is_recovered_and_loses_nothing() -> None:
     """It is as much on its node as one that is awake."""
     async with TestCluster(nodes=2, workers=1, path=[str(AGENTS)]) as nodes:

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 FEW_AT_A_TIME = {"control": {"moves_max": 2, "moves_per_node_max": 2}}
 """So that a drain lasts long enough to be disturbed."""
 
-ONE_AT_A_TIME = {"control": {"moves_max": 1, "moves_per_node_max": 1}}
-"""So that there is surely something left to do when the leader dies."""
+SLOW_HAND_OVER = {"FOUNDATION_FAILPOINTS": "move.before_handover=sleep(0.15)"}
+"""So that there is surely something left to do when the leader dies: eight agents have left in 0.1 s else."""
 
 
 async def under_load(
@@ -256,7 +256,13 @@ async def test_a_leader_that_dies_in_the_middle_is_succeeded_by_one_that_finishe
     what: str,
 ) -> None:
     """SIGKILL of the leading node while agents are on their way."""
-    async with TestCluster(nodes=3, workers=1, path=[str(AGENTS)], settings=ONE_AT_A_TIME) as nodes:
+    async with TestCluster(
+        nodes=3,
+        workers=1,
+        path=[str(AGENTS)],
+        settings=FEW_AT_A_TIME,
+        environment=SLOW_HAND_OVER,
+    ) as nodes:
         cluster = nodes.client
 
         async def trouble() -> None:
