@@ -30,7 +30,10 @@ architecture: install
 
 # Real processes and real time-outs on few cores: what was late among others is run again alone, and
 # must pass then. A name in the second list twice is a bug of the test or of the code.
+# Compiled first: hundreds of processes are started, and where PYTHONDONTWRITEBYTECODE is set each
+# would compile all of it anew, a fifth of its start.
 unit: install
+	$(BIN)/python -m compileall -q foundation_nats schemas cli
 	$(BIN)/python -m pytest -q $(or $(TESTS),tests) --numprocesses 3 --dist worksteal || { \
 		echo "== Failed among others; once more, alone: =="; \
 		$(BIN)/python -m pytest -q $(or $(TESTS),tests) --last-failed --last-failed-no-failures none; }
