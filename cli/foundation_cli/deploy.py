@@ -471,9 +471,11 @@ async def _with_suggestion(cluster: Cluster, name: str, change: Any) -> None:
         await change
     except DeploymentNotFoundError as error:
         names = [item.name for item in await cluster.deployments.list()]
+        hint = did_you_mean(name, names) or "`foundation deployments` lists them."
+        if Path(name).is_file():
+            hint = "It is a file; what is asked for is the name of a deployment in it."
         raise DeploymentNotFoundError(
-            f"There is no deployment {name!r} in cluster {cluster.name!r}.",
-            hint=did_you_mean(name, names) or "`foundation deployments` lists them.",
+            f"There is no deployment {name!r} in cluster {cluster.name!r}.", hint=hint
         ) from error
 
 

@@ -10,8 +10,9 @@ settled in time, 6 plan has differences, 7 permission denied, 130 interrupted.
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import typer
 
@@ -152,13 +153,27 @@ def _usage(error: Exception, as_json: bool) -> int:
         return render.USAGE
     text = getattr(error, "format_message", lambda: str(error))().replace("\n\t", " ")
     text = text.removeprefix("Invalid value: ").rstrip()
+    text, hint = _elsewhere(text) or (text, f"See `{command} --help`.")
     render.print_error(
-        text if text.endswith((".", "?")) else f"{text}.",
-        code="usage",
-        hint=f"See `{command} --help`.",
-        as_json=as_json,
+        text if text.endswith((".", "?")) else f"{text}.", code="usage", hint=hint, as_json=as_json
     )
     return render.USAGE
+
+
+def _elsewhere(text: str) -> tuple[str, str] | None:
+    """What to say of a command that was looked for in the wrong group; None: it is nowhere else."""
+    missed = re.match(r"No such command '([^']+)'\.", text)
+    if missed is None:
+        return None
+    root = typer.main.get_command(app)
+    found = [f"`{path}`" for path in _paths("foundation", root) if path.endswith(f" {missed[1]}")]
+    return (missed[0], f"Did you mean {' or '.join(found)}?") if found else None
+
+
+def _paths(prefix: str, group: object) -> Iterator[str]:
+    for name, command in getattr(group, "commands", {}).items():
+        yield f"{prefix} {name}"
+        yield from _paths(f"{prefix} {name}", command)
 
 
 def main() -> None:

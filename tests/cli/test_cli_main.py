@@ -141,6 +141,8 @@ def test_every_command_has_help_with_an_example_and_the_shared_options() -> None
     ("arguments", "said"),
     [
         (["stats"], "Did you mean 'status'"),
+        (["nodes", "drain", "n1"], "Did you mean `foundation drain`?"),
+        (["undo", "x"], "Did you mean `foundation rollout undo`?"),
         (["scale", "x"], "'N'"),
         (["scale", "x", "-1"], "-1"),
         (["deploy", "no-such-file.yaml"], "no-such-file.yaml"),
