@@ -103,6 +103,9 @@ class Bus:
         self._pending: dict[str, _Pending] = {}
         self._token = 0
         self._closing = False
+        self._refusals = 0
+        self._refused = asyncio.Event()
+        """Every server has refused the login."""
         self._rebuilds = 0
         self._rebuild_task: asyncio.Task[None] | None = None
         self._expiry_at = math.inf
@@ -122,7 +125,7 @@ class Bus:
 
     @classmethod
     async def connect(cls, config: BusConfig, name: str) -> Bus:
-        """Connect, within `connect_timeout_s`.
+        """Connect, within `connect_timeout_s`; sooner it fails once every server has refused the login.
 
         Raises:
             BusUnavailableError: no server was found, or none answered; names the servers
@@ -133,7 +136,7 @@ class Bus:
         """
         bus = cls(config, name)
         try:
-            await asyncio.wait_for(bus._open(bus._client), config.connect_timeout_s)
+            await asyncio.wait_for(bus._open_unless_refused(), config.connect_timeout_s)
         except BaseException as error:
             bus._closing = True
             with contextlib.suppress(Exception):
@@ -151,7 +154,7 @@ class Bus:
         servers = self._servers.shown
         last = self._client.last_error or error
         text = str(last) or type(last).__name__
-        if isinstance(last, nats_errors.AuthorizationError) or "authorization" in text.lower():
+        if _is_refusal(last) or _is_refusal(error):
             return PermissionDeniedError(
                 f"NATS at {servers} refused the credentials.",
                 hint="Give --creds FILE, or a user and password in the URL.",
@@ -168,6 +171,20 @@ class Bus:
             f"No NATS server answers at {servers} ({text}).",
             hint="Start one with `foundation up`, or name it with --server or FOUNDATION_SERVER.",
         )
+
+    async def _open_unless_refused(self) -> None:
+        # nats-py would go on trying, and hide the reason behind that of a later attempt.
+        opening = asyncio.ensure_future(self._open(self._client))
+        refused = asyncio.ensure_future(self._refused.wait())
+        try:
+            await asyncio.wait((opening, refused), return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                raise nats_errors.AuthorizationError
+            opening.result()
+        finally:
+            opening.cancel()
+            refused.cancel()
+            await asyncio.gather(opening, refused, return_exceptions=True)
 
     async def _open(self, client: WireClient) -> None:
         config = applied(self._config)
@@ -511,6 +528,10 @@ class Bus:
     async def _error_cb(self, error: Exception) -> None:
         match = _DENIED.search(str(error))
         if match is None:
+            if _is_refusal(error):
+                self._refusals += 1
+                if self._refusals >= len(self._client.servers):
+                    self._refused.set()
             self._log.debug("nats client error", error=str(error) or type(error).__name__)
             return
         denied = match[2]
@@ -601,6 +622,12 @@ class Bus:
 
 def _says_tls(urls: Sequence[str]) -> bool:
     return any(url.partition("://")[0].lower() == "tls" for url in urls)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return (
+        isinstance(error, nats_errors.AuthorizationError) or "authorization" in str(error).lower()
+    )
 
 
 def _next_server(servers: list[Any], _info: Mapping[str, Any]) -> tuple[Any, float]:

@@ -61,7 +61,19 @@ async def test_the_credentials_of_the_settings_are_used(
         await bus.flush()
         await bus.close()
         with pytest.raises(PermissionDeniedError):
-            await Bus.connect(BusConfig(servers=(server.url,), connect_timeout_s=1), "test")
+            # At once: far sooner than the connection may take.
+            async with asyncio.timeout(20):
+                await Bus.connect(BusConfig(servers=(server.url,), connect_timeout_s=60), "test")
+
+
+async def test_one_server_that_refuses_does_not_keep_us_from_another() -> None:
+    """They may be about to be given the same credentials, one after the other."""
+    locked = EmbeddedConfig(extra='authorization { token: "t" }')
+    async with TestServer(locked) as refuses, TestServer() as takes:
+        for servers in ((refuses.url, takes.url), (takes.url, refuses.url)):
+            bus = await Bus.connect(BusConfig(servers=servers), "test")
+            await bus.flush()
+            await bus.close()
 
 
 async def test_a_request_to_nobody_fails_at_once(bus: Bus) -> None:
