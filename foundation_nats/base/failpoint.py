@@ -14,6 +14,7 @@ a test can show that a checker notices. Whoever starts with it is warned.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -80,6 +81,9 @@ POINTS = frozenset(
 """Every name in the code; a typo in a test is an error, not a test that can't fail."""
 
 
+KILLED = "failpoint {name} kills process {pid}"
+"""What a process writes to its standard error before it kills itself at a point."""
+
 _WORKER = "FOUNDATION_BLACKBOX"
 """A variable that workers have, and their managers have not."""
 
@@ -88,12 +92,12 @@ class FailpointError(RuntimeError):
     """Raised by a failpoint set to ``raise``."""
 
 
-def _action(text: str) -> Callable[[], None]:
+def _action(text: str, name: str) -> Callable[[], None]:
     if match := re.fullmatch(r"1in(\d+)\((.+)\)", text):
-        odds, inner = int(match[1]), _action(match[2])
+        odds, inner = int(match[1]), _action(match[2], name)
         return lambda: inner() if random.randrange(odds) == 0 else None
     if match := re.fullmatch(r"after\((\d+),(.+)\)", text):
-        left, inner = [int(match[1])], _action(match[2])
+        left, inner = [int(match[1])], _action(match[2], name)
 
         def later() -> None:
             left[0] -= 1
@@ -102,7 +106,7 @@ def _action(text: str) -> Callable[[], None]:
 
         return later
     if match := re.fullmatch(r"once\((\d+),(.+)\)", text):
-        wait, then = [int(match[1])], _action(match[2])
+        wait, then = [int(match[1])], _action(match[2], name)
 
         def once() -> None:
             wait[0] -= 1
@@ -117,7 +121,7 @@ def _action(text: str) -> Callable[[], None]:
         seconds = float(match[1])
         return lambda: time.sleep(seconds)
     if text == "kill":
-        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+        return lambda: _kill(name)
     if text == "raise":
 
         def fail() -> None:
@@ -125,6 +129,14 @@ def _action(text: str) -> Callable[[], None]:
 
         return fail
     raise ValueError(f"unknown failpoint action {text!r}")
+
+
+def _kill(name: str) -> None:
+    """SIGKILL to oneself, and a word about it, so that nobody looks for another cause."""
+    pid = os.getpid()
+    with contextlib.suppress(OSError):
+        os.write(2, (KILLED.format(name=name, pid=pid) + "\n").encode())
+    os.kill(pid, signal.SIGKILL)
 
 
 def _freeze(seconds: float) -> None:
@@ -150,7 +162,7 @@ def parse(text: str) -> dict[str, Callable[[], None]]:
         name, _, action = item.partition("=")
         if name not in POINTS:
             raise ValueError(f"unknown failpoint {name!r}")
-        points[name] = _action(action)
+        points[name] = _action(action, name)
     return points
 
 

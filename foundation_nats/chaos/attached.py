@@ -28,6 +28,7 @@ from foundation_nats.api.refs import NodeInfo
 from foundation_nats.base.clock import monotonic
 from foundation_nats.bus.kv import Bucket
 from foundation_nats.bus.streams import StreamReader
+from foundation_nats.chaos.checkers import ExitSeen
 from foundation_nats.chaos.faults import KINDS
 from foundation_nats.config import Config
 from foundation_nats.errors import ConfigError, FoundationError
@@ -162,6 +163,8 @@ class Attached:
         self.no_disks = "the brokers are not ours"
         self.client_links: list[Link] = []
         self.clients: list[Cluster] = []
+        self.exits: list[ExitSeen] = []
+        """None: who ends a node here, and who starts it again, is not ours to know."""
         self.eye: Cluster
 
     async def __aenter__(self) -> Self:

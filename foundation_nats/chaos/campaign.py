@@ -37,7 +37,7 @@ from foundation_nats.bus import rpc
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos import faults
 from foundation_nats.chaos.attached import Attached, chosen_kinds
-from foundation_nats.chaos.checkers import Gain, Judgement, worst_gains
+from foundation_nats.chaos.checkers import ExitSeen, Gain, Judgement, count_exits, worst_gains
 from foundation_nats.chaos.gauges import ALLOWED, Gauges
 from foundation_nats.chaos.history import History
 from foundation_nats.chaos.judging import Kept, judge, plain, why_void
@@ -106,6 +106,8 @@ class Round:
     options: Options
     plan: list[faults.Fault]
     faults: list[Done] = field(default_factory=list)
+    exits: list[ExitSeen] = field(default_factory=list)
+    """Nodes that ended though no fault ended them; each was started again."""
     judgements: list[Judgement] = field(default_factory=list)
     operations: Counter[str] = field(default_factory=Counter)
     """Outcome to how many."""
@@ -158,6 +160,7 @@ class Round:
             "receipts": self.receipts,
             "errors": dict(self.errors),
             "faults": [item.to_json() for item in self.faults],
+            "exits": [asdict(item) for item in self.exits],
             "checked": {
                 f"{item.checker}": item.looked_at for item in self.judgements if item.looked_at
             },
@@ -196,6 +199,7 @@ async def run_round(seed: int, options: Options, say: Say = lambda _: None) -> R
                 )
     except Exception as error:  # whatever it is, the report must tell it
         report.failure = "; ".join(f"{type(one).__name__}: {one}" for one in _leaves(error))
+    report.exits = list(lab.exits)
     report.seconds = monotonic() - begun
     return report
 
@@ -308,6 +312,7 @@ async def _under_trouble(lab: Lab | Attached, report: Round, history: History, s
         report.settled_s = monotonic() - healed
         report.failovers = _failovers(nemesis.done, before, observer)
         report.memory_mb = _memory(lab)
+        report.exits = list(lab.exits)
         kept = await _collect(lab, report, workloads, gauges)
         _judge(report, kept, workloads, history, observer)
         if options.keep is not None and (options.keep_all or report.verdict != "passed"):
@@ -448,6 +453,7 @@ async def _collect(
         options.rate,
         options.operations_min,
         report.faults,
+        report.exits,
         plain({workload.name: await workload.collect(lab.eye) for workload in workloads}),
         gauges.series() if options.soak else None,
         report.failure,
@@ -478,6 +484,7 @@ def rejudge(directory: Path) -> Round:
     )
     report = Round(kept.seed, options, [item.fault for item in kept.faults])
     report.faults, report.failure, report.settled_s = kept.faults, kept.failure, kept.settled_s
+    report.exits = kept.exits
     _count(report, history)
     _judge(report, kept, kept.works(), history, seen)
     return report
@@ -618,6 +625,13 @@ class Campaign:
             "faults": len(done),
             "faults_by_kind": dict(Counter(item.fault.kind for item in done)),
             "kinds_missing": sorted(self._could_happen() - {item.fault.kind for item in done}),
+            "exits": count_exits(item for r in self.rounds for item in r.exits),
+            "exits_told": [
+                f"seed {r.seed}: {item}"
+                for r in self.rounds
+                for item in r.exits
+                if item.sort != "crash point"
+            ],
             "lost": self._sort("lost"),
             "repeated": self._sort("repeated"),
             "violations": sum(item.violations_count for r in self.rounds for item in r.judgements),
@@ -677,7 +691,13 @@ async def run_campaign(
             f"seed {number}: {found.verdict}; {found.receipts:,} receipts, "
             f"{len(found.faults)} faults, settled in {found.settled_s:.1f} s"
         )
-        for text in [*found.violations, *found.undecided, found.failure, found.void]:
+        for text in [
+            *(str(item) for item in found.exits),
+            *found.violations,
+            *found.undecided,
+            found.failure,
+            found.void,
+        ]:
             if text:
                 say(f"  {text}")
         if rounds is not None and len(campaign.rounds) >= rounds:

@@ -16,11 +16,13 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from foundation_nats.chaos.checkers import (
+    ExitSeen,
     Judgement,
     Series,
     check_assignments,
     check_capacity,
     check_drift,
+    check_exits,
     check_false_downs,
     check_leadership,
     check_records,
@@ -51,6 +53,8 @@ class Kept:
     operations_min: int = 0
     """Fewer operations that ended well, and the round is void."""
     faults: list[Done] = field(default_factory=list)
+    exits: list[ExitSeen] = field(default_factory=list)
+    """Nodes that ended by themselves, and were started again."""
     collected: dict[str, Any] = field(default_factory=dict)
     """Workload to what it collected."""
     series: list[Series] | None = None
@@ -116,6 +120,7 @@ def judge(
         for item in kept.faults
         for node in item.touches
     ]
+    disturbances += [Disturbance(item.node, item.begin_s, item.end_s) for item in kept.exits]
     if seen.watch_state:
         found.append(check_records(seen.records))
     found += [
@@ -123,6 +128,7 @@ def judge(
         check_leadership(seen.leases),
         check_capacity(seen.assignments, seen.capacity),
         check_false_downs(seen.downs, disturbances, slack_s=SLACK_S),
+        check_exits(kept.exits),
     ]
     if kept.series is not None:
         found.append(check_drift(kept.series, ALLOWED))

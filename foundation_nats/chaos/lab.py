@@ -3,6 +3,10 @@
 IO. Everything is of its own making: servers, nodes and links on free ports of
 this machine. A node's manager and its workers reach the brokers through links of their
 own, so that the two can be parted. `heal` undoes whatever is broken, so that convergence can be judged.
+
+A node that ends though nobody here told it to (at a crash point, because it gave up, or
+by a bug) is started again after a moment, as a service manager would, and written down
+in `exits` with the reason, so that nothing is healed unseen.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from typing import Any, Self
 import psutil
 
 from foundation_nats import Cluster
+from foundation_nats.base.clock import monotonic
+from foundation_nats.base.tasks import TaskScope
+from foundation_nats.chaos.checkers import ExitSeen, explain
 from foundation_nats.node.embedded import EmbeddedConfig
 from foundation_nats.node.worker import OTHER_SERVERS
 from foundation_nats.testing.brokers import Brokers
@@ -31,6 +38,9 @@ from foundation_nats.testing.server import TestServer
 
 _END_TIMEOUT_S = 20.0
 _DISK_MB = 192
+_LOOK_EVERY_S = 0.05
+_AGAIN_S = 0.5
+"""After so long a node that ended by itself is started again."""
 
 GPUS = 6
 """What each node declares of a scarce resource."""
@@ -94,6 +104,10 @@ class Lab:
         self.worker_links: dict[str, list[Link]] = {}
         """Node to its workers' links, one per broker."""
         self.client_links: list[Link] = []
+        self.exits: list[ExitSeen] = []
+        """Ends of nodes that nobody here ordered, in their order."""
+        self._noted: dict[NodeProcess, ExitSeen] = {}
+        self._scope: TaskScope
         self.cluster: TestCluster
         self.clients: list[Cluster] = []
         """Connections of the workloads; they go through `client_links`."""
@@ -148,6 +162,9 @@ class Lab:
             self.start_node(name)
         self.client_links = await self._open_links()
         await self.cluster.wait_up(self.names, timeout=30)
+        self._scope = TaskScope("lab")
+        self._stack.push_async_callback(self._scope.close)
+        self._scope.start(self._look_after_nodes(), "nodes")
         for number in range(2):
             client = self.connect(f"client-{number}")
             self.clients.append(await self._stack.enter_async_context(client))
@@ -237,8 +254,32 @@ class Lab:
         node = self.node(name)
         if node.is_running:
             return
+        exit = self._note_exit(node)
         node.process.wait()
         self.start_node(name)
+        if exit is not None:
+            exit.end_s = monotonic()
+
+    def _note_exit(self, node: NodeProcess) -> ExitSeen | None:
+        """Write down, once, that the process ended, unless it was told to; None: it was."""
+        if node.was_told:
+            return None
+        if node not in self._noted:
+            code = node.process.wait()
+            now = monotonic()
+            found = ExitSeen(node.name, code, *explain(code, node.pid, node.said()), now, now)
+            self._noted[node] = found
+            self.exits.append(found)
+        return self._noted[node]
+
+    async def _look_after_nodes(self) -> None:
+        """Start again whoever ends by itself."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            for name in self.names:
+                exit = None if self.node(name).is_running else self._note_exit(self.node(name))
+                if exit is not None and monotonic() - exit.begin_s >= _AGAIN_S:
+                    await self.restart_node(name)
 
     # ---- brokers ----------------------------------------------------------------
 

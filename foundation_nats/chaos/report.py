@@ -33,12 +33,19 @@ def summary(found: Mapping[str, Any]) -> str:
         f"{len(happened)} of {len(happened) + len(missing)} kinds of faults"
         + (f"; not: {', '.join(missing)}" if missing else "")
     )
+    if found["exits"]:
+        lines.append(f"nodes ended by themselves and were started again: {_exits(found)}")
+        lines += [f"  {text}" for text in found["exits_told"]]
     for run in found["runs"]:
         lines.append(
             f"seed {run['seed']}: {run['verdict']} {run['failure'] or run['void']}".rstrip()
         )
         lines += [f"  {text}" for text in [*run["violations"], *run["undecided"]]]
     return "\n".join(lines)
+
+
+def _exits(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {sort}" for sort, count in sorted(found["exits"].items()))
 
 
 def markdown(found: Mapping[str, Any], command: str) -> str:
@@ -62,6 +69,7 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"| effects repeated | {found['repeated']} |",
         f"| violations of any invariant | {found['violations']} |",
         f"| healthy nodes declared down | {found['false_downs']} |",
+        f"| nodes that ended by themselves, and were started again | {_exits(found) or 0} |",
         f"| rounds passed / all | {found['verdicts'].get('passed', 0)} / {found['rounds']} |",
         f"| settled after the last fault, p50 / max | {settled.get('p50', 0):.1f} s / "
         f"{settled.get('max', 0):.1f} s |",

@@ -32,10 +32,15 @@ _LOG_TAIL = 4000
 class NodeProcess:
     """One node of a test cluster: a manager process and its workers."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], log: Path, *, log_begin: int = 0
+    ) -> None:
         self.name = name
         self.process = process
         self.log = log
+        self.was_told = False
+        """Whether its end was ordered here: by a kill, or by a request to stop."""
+        self._log_begin = log_begin
 
     @property
     def pid(self) -> int:
@@ -60,11 +65,13 @@ class NodeProcess:
 
     def kill(self) -> None:
         """SIGKILL the manager; its workers die with it."""
+        self.was_told |= self.is_running
         self.process.kill()
         self.process.wait()
 
     def kill_all(self) -> None:
         """SIGKILL the manager and every worker at once."""
+        self.was_told |= self.is_running
         family = self.family()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -84,6 +91,7 @@ class NodeProcess:
 
     def terminate(self) -> None:
         """SIGTERM: drain and stop."""
+        self.was_told |= self.is_running
         self.process.terminate()
 
     async def wait(self, timeout: float = 30.0) -> int:
@@ -94,6 +102,12 @@ class NodeProcess:
         """
         await eventually(lambda: not self.is_running, timeout=timeout, message=f"{self.name} ends")
         return self.process.wait()
+
+    def said(self) -> str:
+        """What this process and its workers logged; those of its name before it left out."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_begin)
+            return file.read().decode(errors="replace")
 
     def log_tail(self) -> str:
         """The end of what it logged."""
@@ -184,6 +198,7 @@ class TestCluster:
         command = [*prefix, sys.executable, "-m", "foundation_cli.main", "node", "start"]
         command += ["--name", name, "--workers", str(self._workers), *arguments]
         with log.open("ab") as output:
+            begin = output.tell()
             process = subprocess.Popen(
                 command,
                 env=variables,
@@ -193,7 +208,7 @@ class TestCluster:
                 start_new_session=True,
                 preexec_fn=die_with_parent(os.getpid()),
             )
-        node = NodeProcess(name, process, log)
+        node = NodeProcess(name, process, log, log_begin=begin)
         self.nodes[name] = node
         return node
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from datetime import datetime
 
@@ -10,6 +12,7 @@ import psutil
 import pytest
 
 from foundation_nats.base.clock import monotonic, utc_now
+from foundation_nats.chaos.checkers import check_exits
 from foundation_nats.chaos.faults import Fault
 from foundation_nats.chaos.lab import Lab
 from foundation_nats.chaos.nemesis import Done, Nemesis
@@ -46,6 +49,33 @@ async def do(lab: Lab, kind: str, seconds: float, strength: float = 0.0) -> Done
     await nemesis.run()
     (done,) = nemesis.done
     return done
+
+
+async def test_a_node_that_ends_unasked_is_started_again_and_told_of(lab: Lab) -> None:
+    """One that the plan ends is the plan's; a kill from elsewhere is written down and not understood."""
+    planned = lab.node("n1").pid
+    assert not (await do(lab, "node.kill", 0.1)).skipped
+    assert lab.node("n1").pid != planned
+    assert lab.exits == [], "that was the plan"
+    stranger = lab.node("n1").process.pid
+    os.kill(stranger, signal.SIGKILL)
+    await eventually(lambda: lab.node("n1").pid != stranger, message="it is started again")
+    (found,) = lab.exits
+    assert (found.node, found.code, found.sort) == ("n1", -signal.SIGKILL, "killed")
+    assert found.begin_s + 0.4 < found.end_s < found.begin_s + 5
+    assert not check_exits(lab.exits).is_clean
+
+
+async def test_a_node_that_dies_at_a_crash_point_is_known_by_it() -> None:
+    """Here whoever leads dies at its second renewal."""
+    armed = {"FOUNDATION_FAILPOINTS": "lease.renew=once(2,kill)"}
+    quick = {"lease": {"renew_every_s": 0.5}}
+    async with Lab(seed=1, nodes=1, environment=armed, settings=quick) as lab:
+        first = lab.node("n1").pid
+        await eventually(lambda: lab.node("n1").pid != first, message="it is started again")
+        (found,) = lab.exits
+        assert (found.sort, found.why) == ("crash point", "lease.renew")
+        assert check_exits(lab.exits).is_clean
 
 
 async def test_a_worker_that_is_parted_from_the_bus_is_replaced_and_its_node_is_not() -> None:

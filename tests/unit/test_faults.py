@@ -171,6 +171,8 @@ def test_a_report_is_told_in_text() -> None:
         "verdicts": {"passed": 1, "void": 1}, "receipts": 1000, "operations": {"ok": 5},
         "faults": 3, "faults_by_kind": {"node.kill": 3}, "kinds_missing": ["clock.jump", "node.stop"],
         "lost": 0, "repeated": 0,
+        "exits": {"gave up": 1, "crash point lease.renew": 2},
+        "exits_told": ["seed 2: n1 ended by itself (gave up, exit code 1): no worker lives"],
         "violations": 0, "false_downs": 0, "settled_s": {"p50": 1.0, "max": 2.0},
         "failover_s": {"node.kill": {"count": 3, "p50": 0.5, "p99": 0.9, "max": 0.9}},
         "checked": {"order": 10}, "seconds": 60.0, "seeds": [1, 2],
@@ -180,11 +182,14 @@ def test_a_report_is_told_in_text() -> None:
     assert "1,000 receipted signals under 3 faults: 0 lost" in summary(found)
     assert "1 of 3 kinds of faults; not: clock.jump, node.stop" in summary(found)
     assert "seed 2: void quiet" in summary(found)
+    assert "started again: 2 crash point lease.renew, 1 gave up" in summary(found)
+    assert "n1 ended by itself (gave up" in summary(found)
     page = replaced(f"a\n{BEGIN}\nold\n{END}\nb", markdown(found, "make chaos"))
     assert page.startswith("a\n")
     assert page.endswith("\nb")
     assert "old" not in page
     assert "| SIGKILL of a manager and its workers | 0.50 s |" in page
+    assert "| 2 crash point lease.renew, 1 gave up |" in page
     with pytest.raises(ValueError, match="has no"):
         replaced("no marks", "x")
 

@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 
 from foundation_nats.api.refs import AgentInfo
+from foundation_nats.base.failpoint import KILLED
 from foundation_nats.chaos.campaign import rejudge, who_is_not_once
-from foundation_nats.chaos.checkers import Judgement
-from foundation_nats.chaos.checkers.leadership import LeaseSeen
+from foundation_nats.chaos.checkers import (
+    ExitSeen,
+    Judgement,
+    check_exits,
+    count_exits,
+    explain,
+)
+from foundation_nats.chaos.checkers.leadership import DownSeen, LeaseSeen
 from foundation_nats.chaos.checkers.records import AssignmentSeen, RecordSeen
 from foundation_nats.chaos.checkers.reservations import LedgerSeen
 from foundation_nats.chaos.faults import Fault
 from foundation_nats.chaos.history import History, Operation
-from foundation_nats.chaos.judging import Kept, judge, plain, why_void
+from foundation_nats.chaos.judging import SLACK_S, Kept, judge, plain, why_void
 from foundation_nats.chaos.nemesis import Done
 from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.plans import Plan, ddmin, signature
@@ -125,12 +132,82 @@ def test_every_other_judge_that_saw_nothing_is_named() -> None:
     """Records, assignments, leases, capacity; records only where they were watched."""
     nothing = judge(*empty())
     assert {item.checker for item in nothing} == {
-        "records", "assignments", "leadership", "capacity", "false downs",
+        "records", "assignments", "leadership", "capacity", "false downs", "exits",
     }  # fmt: skip
     why = void(kept(), busy(), nothing)
     assert why.count("was shown nothing") == 4
     unwatched = judge(kept(workloads=[]), [], History(), Seen(watch_state=False))
     assert "records" not in {item.checker for item in unwatched}
+
+
+# ---- nodes that end by themselves ---------------------------------------------------
+
+SAID = """2026-01-01T00:00:00 info node is up
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "sort", "why"),
+    [
+        (-9, KILLED.format(name="lease.renew", pid=7), "crash point", "lease.renew"),
+        # What a worker of it did to itself, or one that had the name before, is no reason.
+        (-9, KILLED.format(name="commit.before_cas", pid=77), "killed", "SIGKILL"),
+        (-9, "", "killed", "SIGKILL"),
+        (-11, KILLED.format(name="lease.renew", pid=7), "failed", "SIGSEGV"),
+        (0, "node has stopped", "left", "good order"),
+        (1, "error node ends reason='its workers died 6 times'", "gave up", "6 times"),
+        (3, "\x1b[31merror:\x1b[0m No server answers.", "gave up", "No server answers."),
+        (1, "error node ends reason=\"a service failed: KeyError('a')\"", "failed", "KeyError"),
+        (1, "node ends reason='a service failed: FailpointError()'", "crash point", "Failpoint"),
+        (1, "error: This should not have happened: TypeError: x.", "failed", "TypeError"),
+        (1, "", "failed", "did not say"),
+    ],
+)
+def test_the_reason_of_an_end_is_found(code: int, said: str, sort: str, why: str) -> None:
+    """By the exit code, and by what the node said before."""
+    found, reason = explain(code, 7, SAID.format(said))
+    assert found == sort
+    assert why in reason
+
+
+def ended(code: int, said: str = "", node: str = "n1", begin_s: float = 5.0) -> ExitSeen:
+    """One end, after which the node was started again."""
+    return ExitSeen(node, code, *explain(code, 7, said), begin_s, begin_s + 0.5)
+
+
+def test_an_end_that_nothing_explains_is_no_passed_round() -> None:
+    """A crash is a violation, a kill by somebody unknown undecided; a crash point is what was wanted."""
+    crash_point = ended(-9, KILLED.format(name="expand.mid", pid=7))
+    gave_up = ended(1, "node ends reason='too many deaths'")
+    assert check_exits([]).may_be_idle
+    fine = check_exits([crash_point, gave_up])
+    assert fine.is_clean
+    assert fine.looked_at == 2
+    assert check_exits([crash_point, ended(-11)]).violations == [
+        "n1 ended by itself (failed, exit code -11): it was ended by SIGSEGV"
+    ]
+    assert "n1 ended by itself (killed" in check_exits([ended(-9)]).undecided[0]
+    assert check_exits([ended(0)]).undecided
+    assert count_exits([crash_point, crash_point, gave_up]) == {
+        "crash point expand.mid": 2, "gave up": 1,
+    }  # fmt: skip
+
+
+def test_a_node_that_ended_by_itself_was_not_declared_down_in_error() -> None:
+    """It alone, and only for as long as it may take to notice."""
+    down = DownSeen("n1", 7.0, "silent")
+
+    def false_downs(exits: list[ExitSeen]) -> int:
+        round = kept(workloads=[], faults=[], exits=exits)
+        found = judge(round, [], History(), Seen(downs=[down]))
+        return sum(j.violations_count for j in found if j.checker == "false downs")
+
+    assert false_downs([]) == 1
+    assert false_downs([ended(-9)]) == 0
+    assert false_downs([ended(-9, node="n2")]) == 1
+    assert false_downs([ended(-9, begin_s=8.0)]) == 1
+    assert false_downs([ended(-9, begin_s=7.0 - SLACK_S - 1)]) == 1
 
 
 # ---- once -------------------------------------------------------------------------
@@ -225,11 +302,13 @@ def test_a_kept_round_is_judged_again(tmp_path: Path) -> None:
     """It passes again; with a key taken out of a list it is violated, by the checker that knows."""
     history = busy()
     keys = [item.value for item in history.operations]
-    good = kept(collected=plain({"fanout": lists(applied=keys)}))
+    exits = [ended(1, "node ends reason='too many deaths'")]
+    good = kept(collected=plain({"fanout": lists(applied=keys)}), exits=exits)
     good.save(tmp_path, history, seen())
     again = rejudge(tmp_path)
     assert (again.verdict, again.violations, again.void) == ("passed", [], "")
     assert again.receipts == 40
+    assert again.exits == exits
     bad = kept(collected=plain({"fanout": lists(applied=keys[1:])}))
     bad.save(tmp_path, history, seen())
     assert rejudge(tmp_path).violations[0].startswith("fanout/effects: lost: listener-0")

@@ -10,6 +10,7 @@ from foundation_nats.chaos.checkers.capacity import check_capacity
 from foundation_nats.chaos.checkers.drift import Allowance, Gain, Series, check_drift, worst_gains
 from foundation_nats.chaos.checkers.effects import check_effects, check_order
 from foundation_nats.chaos.checkers.exclusion import check_exclusion, check_fencing
+from foundation_nats.chaos.checkers.exits import ExitSeen, check_exits, count_exits, explain
 from foundation_nats.chaos.checkers.judgement import Judgement
 from foundation_nats.chaos.checkers.leadership import check_false_downs, check_leadership
 from foundation_nats.chaos.checkers.linearizable import check_linearizable
@@ -20,6 +21,7 @@ from foundation_nats.chaos.checkers.tallies import Tally, check_tallies
 
 __all__ = [
     "Allowance",
+    "ExitSeen",
     "Gain",
     "Judgement",
     "Series",
@@ -32,6 +34,7 @@ __all__ = [
     "check_drift",
     "check_effects",
     "check_exclusion",
+    "check_exits",
     "check_false_downs",
     "check_fencing",
     "check_leadership",
@@ -41,5 +44,7 @@ __all__ = [
     "check_records",
     "check_reservations",
     "check_tallies",
+    "count_exits",
+    "explain",
     "worst_gains",
 ]
