@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 
 from pydantic import BaseModel, Field
 
@@ -112,6 +113,20 @@ class Recorder(Agent):
     @on("clock")
     async def clock(self, signal: Signal) -> float:
         return self.ctx.now().timestamp()
+
+
+class Hearer(Agent):
+    """Writes what it hears into a file at once, whether or not it can tell anybody."""
+
+    class State(State):
+        count: int = 0
+
+    @on("hear")
+    async def hear(self, signal: Signal[str]) -> str:
+        with Path(self.config["sink"]).open("a") as sink:
+            sink.write(f"{signal.data}\n")
+        self.state.count += 1
+        return signal.data
 
 
 class SlowMirror(Mirror):

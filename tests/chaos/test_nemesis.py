@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from foundation_nats.chaos.workloads.base import manifest_text
 from foundation_nats.errors import FoundationError
 from foundation_nats.testing import eventually
 from foundation_nats.testing.disks import can_throttle
+from foundation_nats.testing.links import Link
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -76,6 +79,97 @@ async def test_a_node_that_dies_at_a_crash_point_is_known_by_it() -> None:
         (found,) = lab.exits
         assert (found.sort, found.why) == ("crash point", "lease.renew")
         assert check_exits(lab.exits).is_clean
+
+
+@asynccontextmanager
+async def under(lab: Lab, kind: str, seconds: float, strength: float = 0.0) -> AsyncIterator[Done]:
+    """The body runs while the fault lasts; afterwards it is over, and was neither skipped nor too short."""
+    nemesis = Nemesis(lab, [Fault(0, kind, 0, seconds, strength)], [SABOTEUR])
+    doing = asyncio.create_task(nemesis.run())
+    try:
+        await eventually(lambda: nemesis.done and nemesis.done[0].victim, message="it has begun")
+        yield nemesis.done[0]
+        assert not doing.done(), "void: the trouble was over before"
+    finally:
+        await doing
+    assert not nemesis.done[0].skipped
+
+
+async def hearer(lab: Lab, tmp_path: Path) -> Callable[[], list[str]]:
+    """An agent ``h`` that runs, and what it has heard so far."""
+    sink = tmp_path / "heard"
+    sink.touch()
+    await lab.eye.agents.start("fleet:Hearer", id="h", config={"sink": str(sink)})
+    return lambda: sink.read_text().split()
+
+
+async def hears(lab: Lab, word: str, timeout: float = 1.0) -> bool:
+    """Whether it hears the word, and its answer is heard."""
+    return await lab.eye.ask("h", "hear", word, timeout=timeout) == word
+
+
+async def test_a_worker_that_can_not_be_heard_still_hears(lab: Lab, tmp_path: Path) -> None:
+    """What it sends is lost, and nothing of what it is sent."""
+    heard = await hearer(lab, tmp_path)
+    (worker,) = lab.node("n1").workers()
+    async with under(lab, "worker.hold_up", 1.2) as done:
+        with pytest.raises(FoundationError):
+            await hears(lab, "one", timeout=0.4)
+        assert "one" in heard()
+        assert done.touches == [], "it is no excuse for a verdict about the node"
+    await eventually(lambda: hears(lab, "two"), timeout=10, message="it is heard again")
+    assert worker.is_running(), "it was too short to end it"
+
+
+async def test_a_worker_that_hears_nothing_is_told_afterwards(lab: Lab, tmp_path: Path) -> None:
+    """What it should receive is lost on its way, and receipted all the same."""
+    heard = await hearer(lab, tmp_path)
+    (worker,) = lab.node("n1").workers()
+    async with under(lab, "worker.hold_down", 1.2) as done:
+        assert (await lab.eye.send("h", "hear", "one", timeout=1)).sequence
+        with pytest.raises(FoundationError):
+            await hears(lab, "two", timeout=0.4)
+        assert heard() == []
+        assert done.touches == []
+    await eventually(lambda: "one" in heard(), timeout=10, message="it hears of it")
+    await eventually(lambda: hears(lab, "three"), timeout=10, message="all is well again")
+    assert worker.is_running()
+
+
+def connections(links: Sequence[Link]) -> int:
+    """How many go through these."""
+    return sum(link.connections for link in links)
+
+
+async def test_a_worker_whose_connections_are_cut_connects_again(lab: Lab) -> None:
+    """Its manager keeps its own; nobody is ended."""
+    (worker,) = lab.node("n1").workers()
+    mine, managers = lab.worker_links["n1"], lab.manager_links["n1"]
+    async with under(lab, "worker.cut", 0.8) as done:
+        await eventually(lambda: not connections(mine), timeout=0.3, message="they are cut")
+        with pytest.raises(FoundationError):
+            await answers(lab, 0.3)
+        assert connections(managers)
+        assert done.touches == []
+    await eventually(lambda: answers(lab), timeout=10, message="it works again")
+    assert connections(mine)
+    assert worker.is_running()
+
+
+async def test_a_manager_whose_connections_are_cut_connects_again(lab: Lab) -> None:
+    """Its workers go on meanwhile, and nobody is declared down."""
+    (worker,) = lab.node("n1").workers()
+    mine = lab.manager_links["n1"]
+    async with under(lab, "manager.cut", 0.8) as done:
+        await eventually(lambda: not connections(mine), timeout=0.3, message="they are cut")
+        assert await answers(lab, 0.5), "the worker is reached"
+        assert done.touches == ["n1"]
+    await eventually(lambda: connections(mine), timeout=10, message="it connects again")
+    await lab.wait_up(10)
+    assert await answers(lab)
+    assert worker.is_running()
+    assert lab.exits == []
+    assert "down" not in [event.what for event in await lab.eye.events.list(limit=200)]
 
 
 async def test_a_worker_that_is_parted_from_the_bus_is_replaced_and_its_node_is_not() -> None:
@@ -198,6 +292,37 @@ async def test_a_brokers_disk_is_slow_and_full_and_well_again() -> None:
         assert (await lab.eye.send(SABOTEUR, "sabotage.hang", 0.0, timeout=10)).sequence
         assert not (await do(lab, "disk.slow", 0.3)).skipped
         assert (await lab.eye.send(SABOTEUR, "sabotage.hang", 0.0, timeout=10)).sequence
+
+
+@pytest.mark.skipif(can_throttle() is not None, reason=can_throttle() or "")
+async def test_a_brokers_disk_that_is_slow_holds_up_receipts() -> None:
+    """Three writes a second: what takes a millisecond takes most of the trouble's time."""
+    async with Lab(seed=1, nodes=1, disks=True) as lab:
+        await deploy(lab)
+
+        async def receipted_s(signals: int) -> float:
+            """How long the slowest of so many takes."""
+            slowest = 0.0
+            for _ in range(signals):
+                began = monotonic()
+                await lab.eye.send(SABOTEUR, "sabotage.hang", 0.0, timeout=10)
+                slowest = max(slowest, monotonic() - began)
+            return slowest
+
+        before = await receipted_s(20)
+        trouble = asyncio.create_task(do(lab, "disk.slow", 1.5))
+        slowest = 0.0
+        while not trouble.done():
+            slowest = max(slowest, await receipted_s(1))
+        done = await trouble
+        assert done.victim == "disk of broker 1"
+        assert slowest > 0.3
+        assert slowest > 3 * before
+
+        async def is_quick() -> bool:
+            return await receipted_s(20) < 0.2
+
+        await eventually(is_quick, timeout=10, message="it is quick again")
 
 
 async def test_what_the_lab_can_not_do_is_skipped_with_the_reason(lab: Lab) -> None:
