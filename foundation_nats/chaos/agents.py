@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from foundation_nats.agent.agent import Agent
 from foundation_nats.agent.handling import on
+from foundation_nats.agent.kin import ChildExited, ChildStarted, Supervision
 from foundation_nats.agent.signal import Signal
 from foundation_nats.agent.state import State as Stored
 from foundation_nats.base.clock import monotonic
@@ -325,6 +326,119 @@ class Stage(Agent):
                 {"key": signal.data.key, "worth": signal.data.worth + 1},
                 to=f"{following}-{number}",
             )
+
+
+class Child(Agent):
+    """Ends when it is told to, and writes down its lives."""
+
+    class State(Stored):
+        """``start`` for each activation, and the keys of what it was told."""
+
+        log: list[str] = Field(default_factory=list)
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Write it down, or fail."""
+        if self.config.get("sick"):
+            raise RuntimeError("sick")
+        self.state.log.append("start")
+
+    @on("child.done")
+    async def done(self, signal: Signal[Entry]) -> None:
+        """It has nothing more to do."""
+        self.state.log.append(signal.data.key)
+        self.ctx.stop("done")
+
+    @on("child.who")
+    async def who(self, signal: Signal[Any]) -> dict[str, Any]:
+        """Which activation answers."""
+        return {
+            "epoch": self.ctx.epoch,
+            "at_ns": int(monotonic() * 1e9),
+            "host": socket.gethostname(),
+        }
+
+
+class Head(Child):
+    """A child that always has a child of its own."""
+
+    class State(Child.State):
+        """Also the ends of that: order and status."""
+
+        ends: list[tuple[int, str]] = Field(default_factory=list)
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """Have it."""
+        await super().on_start(recovered_from)
+        self.ctx.spawn(Child, tag=LEAF, critical=True)
+
+    @on(ChildExited)
+    async def has_ended(self, signal: Signal[ChildExited]) -> None:
+        """Have it again."""
+        self.state.ends.append((signal.data.order, signal.data.status))
+        self.ctx.spawn(Child, tag=LEAF, critical=True)
+
+
+LEAF = "leaf"
+"""What a `Head` calls its child."""
+CHILDREN: dict[str, dict[str, Any]] = {
+    "keen": {"run": Child, "restart": "permanent"},
+    "calm": {"run": Child, "restart": "transient"},
+    "sick": {
+        "run": Child,
+        "config": {"sick": True},
+        "restart_limit": {"max_restarts": 1, "within_s": 60},
+    },
+    "head": {"run": Head, "restart": "transient"},
+}
+"""The children that a `Guardian` may have, by tag."""
+
+
+class Wanted(BaseModel):
+    """Which child to have, or to have no more."""
+
+    key: str
+    tag: str
+
+
+class Guardian(Agent):
+    """Has children as it is told, and writes down what it did and what it heard of them, in order."""
+
+    # What is killed comes back, however often; only the sick one has a limit of its own.
+    supervision = Supervision(max_restarts=1000)
+
+    class State(Stored):
+        """Keys applied; and (``have`` or ``end``, tag, whether it was there), (``started``, tag, order),
+        (``exited``, tag, order, status, reason, whether it is there again)."""
+
+        applied: list[str] = Field(default_factory=list)
+        log: list[tuple[Any, ...]] = Field(default_factory=list)
+
+    @on("family.have")
+    async def have(self, signal: Signal[Wanted]) -> None:
+        """Have a child."""
+        tag = signal.data.tag
+        self.state.applied.append(signal.data.key)
+        self.state.log.append(("have", tag, tag in self.ctx.children()))
+        self.ctx.spawn(tag=tag, critical=True, **CHILDREN[tag])
+
+    @on("family.end")
+    async def end(self, signal: Signal[Wanted]) -> None:
+        """Have it no more."""
+        tag = signal.data.tag
+        self.state.applied.append(signal.data.key)
+        self.state.log.append(("end", tag, self.ctx.stop_child(tag)))
+
+    @on(ChildStarted)
+    async def has_started(self, signal: Signal[ChildStarted]) -> None:
+        """Note it."""
+        self.state.log.append(("started", signal.data.tag, signal.data.order))
+
+    @on(ChildExited)
+    async def has_ended(self, signal: Signal[ChildExited]) -> None:
+        """Note it."""
+        gone = signal.data
+        is_there = gone.tag in self.ctx.children()
+        self.state.log.append(("exited", gone.tag, gone.order, gone.status, gone.reason, is_there))
 
 
 class Guarded(Agent):

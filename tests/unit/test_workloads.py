@@ -253,3 +253,136 @@ def test_the_series_nearest_to_its_allowance_is_told() -> None:
     assert [(item.unit, item.series, item.name, item.grows) for item in found] == [
         ("MB", 2, "b", True), ("tasks", 1, "d", False),
     ]  # fmt: skip
+
+
+# ---- families ---------------------------------------------------------------------
+
+
+def family(*log: tuple[Any, ...], **changes: Any) -> dict[str, Any]:
+    """One guardian that wrote this down, and its children as they are after it by right."""
+    return {
+        "states": {
+            "guardian-0": {"applied": ["k"], "log": [list(item) for item in log]},
+            "guardian-1": {"applied": [], "log": []},
+            "guardian-0_calm": {"log": ["start", "d1", "start"]},
+            "guardian-0_keen": {"log": ["start", "d2", "start"]},
+            "guardian-0_head": {"log": ["start"], "ends": [[1, "stopped"], [2, "stopped"]]},
+            "guardian-0_head_leaf": {"log": ["start"]},
+            "guardian-0_sick": {},
+        },
+        "dead": {},
+        "wished": {
+            "guardian-0_calm": "guardian-0",
+            "guardian-0_keen": "guardian-0",
+            "guardian-0_head": "guardian-0",
+            "guardian-0_head_leaf": "guardian-0_head",
+        },
+        "status": dict.fromkeys(
+            [f"guardian-0_{tag}" for tag in ("calm", "keen", "head", "head_leaf")], "running"
+        ),
+        **changes,
+    }
+
+
+LIVES = (
+    ("have", "calm", False), ("started", "calm", 1), ("exited", "calm", 1, "stopped", "done", False),
+    ("end", "calm", False), ("have", "calm", False), ("have", "calm", True), ("started", "calm", 2),
+    ("end", "calm", True), ("have", "calm", True), ("exited", "calm", 2, "stopped", "", True),
+    ("started", "calm", 3),
+    ("have", "keen", False), ("started", "keen", 4),
+    ("have", "sick", False), ("exited", "sick", 5, "failed", "sick", False),
+    ("have", "head", False), ("started", "head", 6),
+)  # fmt: skip
+SENT = Operation("family.order.guardian-0", "send", "guardian-0", "k", 0, 5, "ok")
+
+
+def test_children_that_come_and_go_as_they_are_told_are_sound() -> None:
+    """One that ends by itself, one that is ended and had again meanwhile, one that is given up."""
+    assert told("family", History([SENT]), family(*LIVES)) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([("exited", "calm", 3, "stopped", "", False)], "ghost: guardian-0 heard 2 times that calm"),
+        ([("exited", "keen", 4, "stopped", "", False)], "heard that keen has stopped, unasked"),
+        ([("exited", "head", 6, "failed", "x", False)], "heard that head has failed, unasked: x"),
+        ([("exited", "sick", 5, "failed", "", False)], "repeated: guardian-0 heard of end 5 of sick"),
+        ([("exited", "sick", 7, "failed", "", False)], "ghost: guardian-0 heard of an end of sick"),
+        ([("started", "calm", 3)], "repeated: guardian-0 heard of start 3 of calm again"),
+        ([("started", "sick", 5)], "heard of start 5 of sick after its end"),
+        ([("have", "sick", True)], "ghost: guardian-0 was told to have sick: True"),
+        ([("have", "keen", False)], "forgotten: guardian-0 was told to have keen: False"),
+        ([("end", "keen", True)], "untold: guardian-0 waits for the end of guardian-0_keen"),
+        ([("have", "sick", False)], "untold: guardian-0 has not heard that guardian-0_sick has failed"),
+        (
+            [("end", "keen", True), ("exited", "keen", 4, "stopped", "", False)],
+            "left behind: guardian-0_keen is running",
+        ),
+        (
+            [("end", "keen", True), ("exited", "keen", 4, "refused", "full", False)],
+            "was refused keen: full",
+        ),
+        (
+            [("end", "keen", True), ("exited", "keen", 4, "stopped", "", True)],
+            "has keen after its end: True",
+        ),
+    ],
+)  # fmt: skip
+def test_planted_lives_of_children_are_found(more: list[tuple[Any, ...]], says: str) -> None:
+    """Told twice, for no reason, never; had by nobody, kept though it is had no more."""
+    found = told("family", History([SENT]), family(*LIVES, *more))
+    assert any(says in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"wished": {}}, "lost: guardian-0_calm of guardian-0 is not wished for"),
+        ({"status": {}}, "lost: guardian-0_calm of guardian-0 is nowhere"),
+        (
+            {"status": {**family()["status"], "guardian-0_head_leaf": "failed"}},
+            "lost: guardian-0_head_leaf of guardian-0_head is failed",
+        ),
+        (
+            {"wished": {**family()["wished"], "guardian-0_head_leaf": "guardian-0"}},
+            "guardian-0_head_leaf of guardian-0_head is not wished for",
+        ),
+        ({"dead": {"guardian-0": ["k"]}}, "both: guardian-0 applied k, which is a dead letter"),
+    ],
+)
+def test_planted_trees_are_found(change: dict[str, Any], says: str) -> None:
+    """A child that nobody wishes for, that runs nowhere, that has another parent."""
+    found = told("family", History([SENT]), family(*LIVES, **change))
+    assert any(text.startswith(says) or says in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("agent", "state", "says"),
+    [
+        ("guardian-0_calm", {"log": ["start", "d1"]}, "untold: guardian-0_calm has ended by d1"),
+        ("guardian-0_calm", {"log": ["start"]}, "ghost: guardian-0 heard 1 times that calm"),
+        ("guardian-0_keen", {"log": ["start", "d2", "start", "d2", "start"]}, "ended by d2 2 times"),
+        ("guardian-0_head", {"log": ["start"], "ends": [[1, "s"], [1, "s"]]}, "end 1 2 times"),
+        ("guardian-0", {"applied": [], "log": LIVES}, "lost: guardian-0 never applied k"),
+    ],
+)  # fmt: skip
+def test_planted_states_of_families_are_found(agent: str, state: dict[str, Any], says: str) -> None:
+    """What children and heads say themselves counts, too."""
+    found = family(*LIVES)
+    found["states"][agent] = state
+    texts = told("family", History([SENT]), found)
+    assert any(says in text for text in texts), texts
+
+
+def test_a_child_that_is_active_twice_is_found_by_its_answers() -> None:
+    """An older activation answered after a later one had."""
+
+    def who(epoch: int, at_ns: int) -> Operation:
+        by = {"epoch": epoch, "at_ns": at_ns, "host": "h"}
+        return Operation("family.who.guardian-0", "who", "guardian-0_calm", None, 0, 5, "ok", by=by)
+
+    found = family(*LIVES)
+    assert told("family", History([SENT, who(1, 10), who(2, 20)]), found) == []
+    (only,) = told("family", History([SENT, who(2, 10), who(1, 20)]), found)
+    assert "guardian-0_calm answered under epoch 1" in only

@@ -6,6 +6,7 @@ from foundation_nats.chaos.workloads.base import Workload
 from foundation_nats.chaos.workloads.churn import Churn, Maintenance
 from foundation_nats.chaos.workloads.counters import Counters
 from foundation_nats.chaos.workloads.domains import Domains
+from foundation_nats.chaos.workloads.families import Families
 from foundation_nats.chaos.workloads.locks import Locks
 from foundation_nats.chaos.workloads.registers import Drowsy, Keys, Registers
 from foundation_nats.chaos.workloads.reservations import Reservations
@@ -33,6 +34,7 @@ WORKLOADS: dict[str, type[Workload]] = {
         Wishes,
         Drowsy,
         Rings,
+        Families,
     )
 }
 """By name."""
