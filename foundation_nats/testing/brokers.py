@@ -28,13 +28,17 @@ class Brokers:
 
     Args:
         stores: a directory for each server; None: private ones.
+        binary: the nats-server that all begin with; None: the one of the project.
     """
 
-    def __init__(self, count: int = 3, *, stores: Sequence[Path] | None = None) -> None:
+    def __init__(
+        self, count: int = 3, *, stores: Sequence[Path] | None = None, binary: str | None = None
+    ) -> None:
         if stores is not None and len(stores) != count:
             raise ValueError(f"{count} servers need {count} stores, not {len(stores)}")
         self._count = count
         self._stores = stores
+        self._binary = binary
         self._stack = AsyncExitStack()
         self._routes: dict[tuple[int, int], Link] = {}
         self.servers: list[TestServer] = []
@@ -73,6 +77,7 @@ class Brokers:
                     EmbeddedConfig(
                         extra=self._settings(index, ports),
                         store=None if self._stores is None else self._stores[index],
+                        binary=self._binary,
                     )
                 )
                 for index in range(self._count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from foundation_nats.node.embedded import EmbeddedConfig, EmbeddedServer
 
 
@@ -9,7 +11,7 @@ class TestServer(EmbeddedServer):
     """An embedded server on a free port with a private store.
 
     Verbs: `kill` (SIGKILL), `freeze` and `thaw` (SIGSTOP, SIGCONT), `restart` (same
-    store, same port).
+    store, same port), `become` (the same by another version of nats-server).
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
@@ -24,6 +26,12 @@ class TestServer(EmbeddedServer):
     def thaw(self) -> None:
         """Let it go on."""
         self.resume()
+
+    async def become(self, binary: str | None) -> None:
+        """End it cleanly, and start another nats-server on its store; None: the one of the project."""
+        await self.end()
+        self.config = replace(self.config, binary=binary)
+        await self.restart()
 
 
 __all__ = ["TestServer"]

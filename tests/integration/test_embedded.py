@@ -355,6 +355,26 @@ async def test_a_server_without_jetstream_is_named(tmp_path: Path) -> None:
             await probe_server(url)
 
 
+@pytest.mark.parametrize(
+    ("says", "knows"),
+    [
+        ("nats-server: v2.14.6", False),
+        ("nats-server: v2.15.0", True),
+        ("v3.0.0-beta", True),
+        ("", True),
+    ],
+)
+def test_an_older_server_is_not_given_a_setting_that_it_does_not_know(
+    says: str, knows: bool, tmp_path: Path
+) -> None:
+    """It would end at its start."""
+    binary = tmp_path / "nats-server"
+    binary.write_text(f"#!/bin/sh\necho '{says}'\n")
+    binary.chmod(0o700)
+    server = EmbeddedServer(EmbeddedConfig(max_file=1))
+    assert ("default_max_consumers" in server._settings(str(binary), 4222)) == knows
+
+
 async def test_a_server_that_is_too_old_is_named() -> None:
     """With its version and the one needed."""
     async with speaker(b'INFO {"version":"2.9.0","jetstream":true}\r\n') as url:
