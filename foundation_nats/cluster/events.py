@@ -16,7 +16,7 @@ from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.rpc import encode
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.errors import BusError
-from foundation_schemas import ClusterEvent
+from foundation_schemas import ClusterEvent, NodeRecord
 
 
 class Events:
@@ -45,3 +45,15 @@ class Events:
             self._bus.publish(self._subjects.event(topic, what), encode(event))
         except BusError as error:
             self._log.info("event not sent", topic=topic, what=what, error=str(error))
+
+
+def about_node(record: NodeRecord) -> dict[str, Any]:
+    """What events say of a node besides its name and its life: what it said of itself."""
+    return {
+        "host": record.host,
+        "version": record.version,
+        "workers": len(record.workers),
+        "capabilities": list(record.capabilities),
+        "labels": dict(record.labels),
+        "capacity": dict(record.capacity),
+    }

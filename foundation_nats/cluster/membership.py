@@ -45,7 +45,7 @@ from foundation_nats.bus.kv import Bucket, Entry
 from foundation_nats.bus.rpc import REPLY_PREFIX, call, decode, encode, read_reply, serve
 from foundation_nats.bus.subjects import STREAM_LEADER_ELECTED, Subjects
 from foundation_nats.bus.wire import Message, Route
-from foundation_nats.cluster.events import Events
+from foundation_nats.cluster.events import Events, about_node
 from foundation_nats.cluster.hearing import Hearing
 from foundation_nats.cluster.liveness import (
     BusDisturbed,
@@ -156,6 +156,8 @@ class Membership:
         """The last heartbeat of each node's newest incarnation; None: it only answered a ping."""
         self._down: dict[str, int] = {}
         """Node to the highest incarnation that is over; outlives the node's record."""
+        self._left: dict[str, int] = {}
+        """Node to the highest incarnation that has said good-bye; no more nodes than in `_down`."""
         self._opinions: dict[str, int] = {}
         """Node to the incarnation that is over (in `_down`) by our own verdict alone."""
         self._views: dict[str, NodeView] = {}
@@ -242,6 +244,10 @@ class Membership:
         """Whether this life of *node* is known to be over: declared down, left, or replaced."""
         return self._down.get(node, -1) >= incarnation
 
+    def has_left(self, node: str, incarnation: int) -> bool:
+        """Whether this life of *node* was heard to say good-bye."""
+        return self._left.get(node) == incarnation
+
     def hears(self) -> frozenset[str]:
         """The other nodes whose heartbeats have come within `suspect_after_s`."""
         return self._hearing.names(monotonic())
@@ -307,7 +313,7 @@ class Membership:
             f"Node {name} joined.",
             node=name,
             incarnation=self.incarnation,
-            **_about(self._record),
+            **about_node(self._record),
         )
         self._log.info("joined", incarnation=self.incarnation)
         return self._record
@@ -480,7 +486,7 @@ class Membership:
                 f"Node {self.node} hands over its agents.",
                 node=self.node,
                 incarnation=self.incarnation,
-                **({} if self._record is None else _about(self._record)),
+                **({} if self._record is None else about_node(self._record)),
             )
         self._draining = draining
         self._see_self()
@@ -502,7 +508,8 @@ class Membership:
                 f"Node {self.node} left.",
                 node=self.node,
                 incarnation=self.incarnation,
-                **_about(self._record),
+                cause="left",
+                **about_node(self._record),
             )
             try:
                 async with asyncio.timeout(timeout):
@@ -695,6 +702,7 @@ class Membership:
         if beat.left:
             self._opinions.pop(name, None)
             self._end(name, beat.incarnation)
+            self._left[name] = beat.incarnation
             self._step(Left(name, beat.incarnation))
             self._heard.pop(name, None)
             self._hearing.forget(name)
@@ -854,7 +862,7 @@ class Membership:
     def _on_verdict(
         self, node: str, incarnation: int, old: Verdict | None, new: Verdict, cause: str
     ) -> None:
-        was_down = self._views.get(node)
+        before = self._views.get(node)
         if new is Verdict.DOWN:
             if cause != "left" and not self.is_down(node, incarnation):
                 self._opinions[node] = incarnation
@@ -866,7 +874,7 @@ class Membership:
         match new:
             case Verdict.UP if old is None:
                 log.info("node seen")
-                if was_down is not None and was_down.status is NodeStatus.DOWN:
+                if before is not None and before.status is NodeStatus.DOWN:
                     self._tell("returned", f"Node {node} is back.", node, incarnation, cause)
             case Verdict.UP:
                 log.info("node is well again")
@@ -878,16 +886,27 @@ class Membership:
                 log.warning("node is down")
                 if self._term is None and node == self._holder:
                     self._died_leading = (node, incarnation, cause)
-                self._tell("down", f"Node {node} is down ({cause}).", node, incarnation, cause)
+                text = f"Node {node} is down ({cause})."
+                self._tell("down", text, node, incarnation, cause, before)
             case Verdict.DOWN:
                 log.info("node left")
 
-    def _tell(self, what: str, message: str, node: str, incarnation: int, cause: str) -> None:
+    def _tell(
+        self,
+        what: str,
+        message: str,
+        node: str,
+        incarnation: int,
+        cause: str,
+        before: NodeView | None = None,
+    ) -> None:
         """Only the leader speaks about others, or each fact would be told by every node."""
         if self._term is None:
             return
-        view = self._views.get(node)
-        about = {} if view is None else _about(view.record)
+        view = self._views.get(node, before)
+        # Of another of its lives we know, but that may have had other labels.
+        is_same = view is not None and view.incarnation == incarnation
+        about = about_node(view.record) if view is not None and is_same else {}
         self._events.emit(
             "node", what, message, node=node, incarnation=incarnation, cause=cause, **about
         )
@@ -895,7 +914,9 @@ class Membership:
     def _end(self, node: str, incarnation: int) -> None:
         self._down[node] = max(self._down.get(node, -1), incarnation)
         if len(self._down) > 10_000:
-            self._down.pop(next(iter(self._down)))
+            oldest = next(iter(self._down))
+            del self._down[oldest]
+            self._left.pop(oldest, None)
 
     def _show(self, name: str) -> None:
         """Rebuild the view of one node."""
@@ -1260,17 +1281,6 @@ class Membership:
         elif self._lag_s and now - self._lag_at > _LAG_MEMORY_S:
             self._lag_s = 0.0
             self._step(OwnLag(0.0))
-
-
-def _about(record: NodeRecord) -> dict[str, Any]:
-    """What events say of a node besides its name and its life."""
-    return {
-        "host": record.host,
-        "workers": len(record.workers),
-        "capabilities": list(record.capabilities),
-        "labels": dict(record.labels),
-        "capacity": dict(record.capacity),
-    }
 
 
 def _incarnation_of(entry: Entry) -> int:

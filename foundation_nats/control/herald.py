@@ -23,13 +23,14 @@ from foundation_nats.base.tasks import TaskScope
 from foundation_nats.bus.connection import Bus
 from foundation_nats.bus.streams import append
 from foundation_nats.bus.subjects import Subjects
+from foundation_nats.cluster.events import about_node
 from foundation_nats.cluster.membership import Membership
 from foundation_nats.cluster.registry import Registry
 from foundation_nats.control.upkeep import Upkeep
 from foundation_nats.errors import FoundationError
 from foundation_nats.signaling.envelope import encode_envelope
 from foundation_nats.signaling.receivers import subscribers
-from foundation_schemas import NodeStatus, Target, TargetKind
+from foundation_schemas import NodeRecord, NodeStatus, Target, TargetKind
 
 _RECENT_S = 30.0
 """What a new leader tells again, in case that its predecessor did not; below the duplicate window."""
@@ -70,8 +71,8 @@ class Herald:
         self._registry = registry
         self._upkeep = upkeep
         self._leads = False
-        self._seen: dict[str, tuple[int, bool]] = {}
-        """Node to the life and whether it lives."""
+        self._seen: dict[str, tuple[NodeRecord, bool]] = {}
+        """Node to what it said of itself and whether it lives."""
         self._rebalanced: str | None = None
         self._recent: list[News] = []
         self._waiting: list[News] = []
@@ -109,21 +110,32 @@ class Herald:
         nodes = self._membership.nodes()
         for name, view in nodes.items():
             lives = view.status is not NodeStatus.DOWN
-            life = view.incarnation, lives
             before = self._seen.get(name)
-            if before == life or (before is not None and before[0] > view.incarnation):
-                continue
-            self._seen[name] = life
-            if lives or before is not None:
-                what, key = "node_up" if lives else "node_down", f"{name} {view.incarnation}"
-                labels = {"labels": dict(view.record.labels)} if lives else {"cause": "lost"}
-                self._say(what, key, node=name, incarnation=view.incarnation, **labels)
-        for name, (incarnation, lives) in list(self._seen.items()):
+            self._seen[name] = view.record, lives
+            if before is not None:
+                record, lived = before
+                if record.incarnation > view.incarnation:
+                    self._seen[name] = before
+                    continue
+                if (record.incarnation, lived) == (view.incarnation, lives):
+                    continue
+            if lives:
+                self._say_node("node_up", view.record)
+            elif before is not None:
+                has_left = self._membership.has_left(name, view.incarnation)
+                self._say_node("node_down", view.record, cause="left" if has_left else "lost")
+        for name, (record, lived) in list(self._seen.items()):
             if name not in nodes:
                 del self._seen[name]
-                if lives:
-                    key = f"{name} {incarnation}"
-                    self._say("node_down", key, node=name, incarnation=incarnation, cause="left")
+                if lived:
+                    self._say_node("node_down", record, cause="left")
+
+    def _say_node(self, what: str, record: NodeRecord, **data: Any) -> None:
+        name, incarnation = record.name, record.incarnation
+        about = about_node(record)
+        self._say(
+            what, f"{name} {incarnation}", node=name, incarnation=incarnation, **data, **about
+        )
 
     def _look_at_rebalance(self) -> None:
         found = self._upkeep.rebalance

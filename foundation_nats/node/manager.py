@@ -225,6 +225,7 @@ class NodeManager:
             capacity=capacity,
             host=platform.node(),
             pid=os.getpid(),
+            version=version("foundation-nats"),
             started_at=utc_text(),
         )
         self._membership = membership = Membership(

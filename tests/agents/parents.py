@@ -105,8 +105,10 @@ class Listener(Agent):
         """What it heard."""
 
         heard: list[str] = Field(default_factory=list)
+        told: list[dict[str, Any]] = Field(default_factory=list)
 
     async def handle_cluster_signal(self, signal: Signal[Any]) -> None:
         """Anything."""
         about = signal.data.get("node") or signal.data.get("leader") or ""
         self.state.heard.append(f"{signal.type.partition('.')[2]} {about}")
+        self.state.told.append({"type": signal.type, "data": signal.data})
