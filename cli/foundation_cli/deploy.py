@@ -74,7 +74,7 @@ _Prune = Annotated[
     bool,
     typer.Option(
         "--prune",
-        help="Delete every deployment that the manifest doesn't name, whoever has applied it.",
+        help="Delete what this manifest had applied before and doesn't name any more.",
     ),
 ]
 _Name = Annotated[
@@ -166,10 +166,9 @@ async def apply_and_wait(
 ) -> dict[str, Any]:
     """Deploy *manifest*, showing the phases; the document that `deploy -o json` prints."""
     read = cluster.deployments.manifest(manifest)
-    deployments = read.deployments
-    names = [item.name for item in deployments]
+    names = [item.name for item in read.deployments]
     if wait_s <= 0:
-        applied = await cluster.deployments.apply(deployments, prune=prune)
+        applied = await cluster.deployments.apply(read, prune=prune)
         changes = [change_json(item) for item in applied]
         if shared.format is Output.TABLE:
             for change in changes:
@@ -192,10 +191,9 @@ async def apply_and_wait(
     shown_lines: list[str] = []
     try:
         report = await cluster.deployments.deploy(
-            deployments,
+            read,
             timeout=wait_s,
             prune=prune,
-            min_nodes=read.min_nodes,
             on_progress=on_progress,
         )
     finally:
@@ -349,6 +347,7 @@ def plan_json(preview: Any) -> dict[str, Any]:
         "leaving": _by_number(preview.leaving),
         "nodes_up": preview.nodes_up,
         "min_nodes": preview.min_nodes,
+        "dropped": list(preview.dropped),
     }
 
 
@@ -381,6 +380,13 @@ def show_plan(found: dict[str, Any]) -> None:
         render.write(
             f"{render.styled('!', 'yellow')} {up} up, and the manifest asks for "
             f"{found['min_nodes']}: a deploy would wait for the others"
+        )
+    if found["dropped"]:
+        names = ", ".join(found["dropped"][:_WAITING_SHOWN])
+        more = " …" if len(found["dropped"]) > _WAITING_SHOWN else ""
+        render.write(
+            f"{render.styled('!', 'yellow')} {render.clean(names)}{more}: no longer in the manifest "
+            "that has applied it; stays, unless --prune is given"
         )
     for agent, reasons in list(found["unplaceable"].items())[:_PLACEMENTS_SHOWN]:
         why = "; ".join(f"{node}: {reason}" for node, reason in reasons.items()) or "no node is up"

@@ -38,6 +38,7 @@ from foundation_schemas import (
 
 if TYPE_CHECKING:
     from foundation_nats.api.cluster import Cluster
+    from foundation_nats.control.manifest import Manifest
 
 _POLL_S = 0.05
 _UNCHECKED_AFTER_S = 2.0
@@ -121,7 +122,7 @@ class Deploying:
         self._names: list[str] = []
         self.report = DeployReport()
 
-    async def run(self, wished: Sequence[Deployment]) -> DeployReport:
+    async def run(self, found: Manifest) -> DeployReport:
         """Go through all phases.
 
         Raises:
@@ -131,7 +132,7 @@ class Deploying:
             BusUnavailableError, BusTimeoutError
         """
         try:
-            return await self._run(wished)
+            return await self._run(found)
         except FoundationError as error:
             for phase in self.report.phases:
                 if phase.state is PhaseState.UNDER_WAY:
@@ -146,8 +147,8 @@ class Deploying:
             )
             raise
 
-    async def _run(self, wished: Sequence[Deployment]) -> DeployReport:
-        cluster, report = self._cluster, self.report
+    async def _run(self, found: Manifest) -> DeployReport:
+        cluster, report, wished = self._cluster, self.report, found.deployments
         self._names = [item.name for item in wished]
         core = [item.name for item in wished if item.tier is Tier.CORE]
         self._core = core if len(core) < len(wished) or self._prune else []
@@ -159,15 +160,15 @@ class Deploying:
         )
         stored = "the core" if self._core else "all"
         if self._core:
-            report.changes = await cluster.deployments.apply(wished, only=self._core)
+            report.changes = await cluster.deployments.apply(found, only=self._core)
         else:
-            report.changes = await cluster.deployments.apply(wished, prune=self._prune)
+            report.changes = await cluster.deployments.apply(found, prune=self._prune)
         if not is_formed and not await self._until(PhaseName.CLUSTER, self._formed, began=began):
             raise self._late(PhaseName.CLUSTER, "The cluster is not formed", stored=stored)
         if not await self._until(PhaseName.SERVICES, self._services):
             raise self._late(PhaseName.SERVICES, "The core services are not ready", stored=stored)
         if self._core:
-            changes = await cluster.deployments.apply(wished, prune=self._prune)
+            changes = await cluster.deployments.apply(found, prune=self._prune)
             report.changes += [
                 item
                 for item in changes

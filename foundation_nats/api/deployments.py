@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from foundation_nats.bus.kv import Bucket
 from foundation_nats.cluster.registry import Held
 from foundation_nats.control.declaring import declared
 from foundation_nats.control.desired import Desired
-from foundation_nats.control.diff import DeploymentChange, Preview, preview
+from foundation_nats.control.diff import DeploymentChange, Preview, dropped, preview
 from foundation_nats.control.rollouts import Phase, Rollout, rollout_of, target_of
 from foundation_nats.control.status import deployment_status, records_of
 from foundation_nats.errors import (
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     from foundation_nats.api.deploying import DeployReport
     from foundation_nats.control.manifest import Manifest
 
+    Wished = Sequence[Deployment] | Path | str | Manifest
+
 _DESCRIBE_TIMEOUT_S = 25.0
 _DESCRIBE_RETRY_S = 0.05
 
 Progress = Callable[[list[DeploymentStatus]], None]
-Wished = Sequence[Deployment] | Path | str
 
 
 class Deployments:
@@ -76,6 +78,8 @@ class Deployments:
         # The YAML parser is needed for this alone.
         from foundation_nats.control import manifest
 
+        if isinstance(wished, manifest.Manifest):
+            return wished
         if isinstance(wished, Path):
             return manifest.load_manifest(wished)
         if isinstance(wished, str):
@@ -107,9 +111,10 @@ class Deployments:
         declares (capabilities, durable, critical) becomes part of the wish. If
         no node is up, the wish is stored unchecked.
 
-        With *prune* what *wished* doesn't name is deleted, as by `delete`: all other
-        deployments of the cluster, whoever has applied them. Single agents that were started
-        by themselves (`agents.start`, `ctx.spawn`) stay.
+        With *prune* what the same manifest had applied and doesn't name any more is deleted, as by
+        `delete`. A manifest's name tells it from others; deployments of a program and of texts
+        without a name count as one. Single agents that were started by themselves
+        (`agents.start`, `ctx.spawn`) stay.
 
         Args:
             only: store no others than these, and delete nothing; all of *wished* is checked.
@@ -118,11 +123,12 @@ class Deployments:
             ManifestError, ConfigError: wrong; nothing was stored.
             BusUnavailableError, BusTimeoutError
         """
-        deployments = self.read(wished)
+        found = self.manifest(wished)
+        deployments = found.deployments
         if validate:
             deployments = await self._validated(deployments)
         desired = await self._desired()
-        return await desired.apply(deployments, prune=prune, only=only)
+        return await desired.apply(deployments, prune=found.owners if prune else (), only=only)
 
     async def deploy(
         self,
@@ -140,7 +146,8 @@ class Deployments:
         Args:
             min_nodes: wait until so many nodes are up before anything is stored; None: as many as
                 the manifest says.
-            prune: delete what *wished* doesn't name, and wait until its agents have ended, too.
+            prune: delete what the same manifest had applied and doesn't name any more, see `apply`,
+                and wait until its agents have ended, too.
             on_progress: called with the report whenever something has changed in it.
 
         Raises:
@@ -154,7 +161,7 @@ class Deployments:
         found = self.manifest(wished)
         wanted = found.min_nodes if min_nodes is None else min_nodes
         deploying = Deploying(self._cluster, timeout, on_progress, prune=prune, min_nodes=wanted)
-        return await deploying.run(found.deployments)
+        return await deploying.run(found)
 
     async def _desired(self) -> Desired:
         return await self._cluster._open_desired()
@@ -195,22 +202,26 @@ class Deployments:
             await asyncio.sleep(_DESCRIBE_RETRY_S)
 
     async def plan(self, wished: Wished, *, prune: bool = False) -> Preview:
-        """What `apply` would change, and on which node each new agent would start."""
+        """What `apply` would change, and on which node each agent would start, restart or leave."""
         found = self.manifest(wished)
         deployments = await self._validated(found.deployments)
         nodes = await self._cluster.nodes.views()
         leader = await self._cluster.nodes.leader()
-        return preview(
-            await self.wishes(),
+        wishes = await self.wishes()
+        seen = preview(
+            wishes,
             deployments,
             await self._held(),
             nodes,
             self._cluster.config.control,
-            prune=prune,
+            prune=found.owners if prune else (),
             min_nodes=found.min_nodes,
             leader=None if leader is None else leader.holder,
             reservations=await self._cluster.resources.reservations(nodes),
         )
+        if prune:
+            return seen
+        return replace(seen, dropped=tuple(dropped(wishes, deployments, found.owners)))
 
     async def _held(self) -> Mapping[str, Held]:
         entries = await self._agents.read_all()

@@ -132,15 +132,13 @@ class Desired:
         self,
         wanted: Sequence[Deployment],
         *,
-        prune: bool = False,
+        prune: Collection[str] = (),
         only: Collection[str] | None = None,
     ) -> list[DeploymentChange]:
         """Make these wishes stand; returns what changed, in the order of *wanted*.
 
-        With *prune* deployments that *wanted* doesn't name are deleted, except
-        those started by themselves.
-
         Args:
+            prune: the manifests of which what *wanted* doesn't name is deleted.
             only: write no other than these, and delete nothing; all of *wanted* is checked. What
                 changed is told of these alone.
 

@@ -8,7 +8,7 @@ time it is applied the view may be another one.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -73,13 +73,15 @@ class Preview:
     """How many nodes are up …"""
     min_nodes: int = 0
     """… and how many a deploy would wait for."""
+    dropped: tuple[str, ...] = ()
+    """Deployments that the manifest had applied and names no more; they stay, as it isn't to prune."""
 
 
 _KEPT = {
     "name", "revision", "spec", "spec_revision", "rolling", "paused", "rolled_back", "stuck", "history",
 }  # fmt: skip
 """Not wished for, but what has become of wishes."""
-_NO_RESTART = ("replicas", "standalone", "update", "autoscale", "tier")
+_NO_RESTART = ("replicas", "standalone", "manifest", "update", "autoscale", "tier")
 
 
 def _flat(deployment: Deployment) -> dict[str, Any]:
@@ -103,12 +105,15 @@ def changed_fields(before: Deployment, after: Deployment) -> tuple[FieldChange, 
 
 
 def diff(
-    current: Mapping[str, Deployment], wanted: Sequence[Deployment], *, prune: bool = False
+    current: Mapping[str, Deployment],
+    wanted: Sequence[Deployment],
+    *,
+    prune: Collection[str] = (),
 ) -> list[DeploymentChange]:
     """What changes if *wanted* is applied, in its order, removals last.
 
-    Without *prune* a deployment that *wanted* doesn't name stays; with it, it
-    goes, unless it was started by itself (`agents.start`).
+    A deployment that *wanted* doesn't name stays, unless the manifest that applied it is one of
+    *prune*. What was started by itself (`agents.start`) stays in any case.
     """
     changes: list[DeploymentChange] = []
     for wish in wanted:
@@ -120,14 +125,25 @@ def diff(
         fields = changed_fields(before, after)
         kind = ChangeKind.CHANGED if fields else ChangeKind.SAME
         changes.append(DeploymentChange(after.name, kind, fields, before, after))
-    if prune:
-        names = {deployment.name for deployment in wanted}
-        changes += [
-            DeploymentChange(name, ChangeKind.REMOVED, (), current[name], None)
-            for name in sorted(current)
-            if name not in names and not current[name].standalone
-        ]
+    changes += [
+        DeploymentChange(name, ChangeKind.REMOVED, (), current[name], None)
+        for name in dropped(current, wanted, prune)
+    ]
     return changes
+
+
+def dropped(
+    current: Mapping[str, Deployment], wanted: Sequence[Deployment], manifests: Collection[str]
+) -> list[str]:
+    """What these manifests had applied and *wanted* doesn't name, by name."""
+    names = {deployment.name for deployment in wanted}
+    return [
+        name
+        for name in sorted(current)
+        if name not in names
+        and not current[name].standalone
+        and current[name].manifest in manifests
+    ]
 
 
 def preview(
@@ -137,7 +153,7 @@ def preview(
     nodes: Mapping[str, NodeView],
     config: ControlConfig,
     *,
-    prune: bool = False,
+    prune: Collection[str] = (),
     leader: str | None = None,
     seed: int = 0,
     min_nodes: int = 0,

@@ -9,8 +9,11 @@ Besides agents a manifest may say what a deploy shall wait for (``cluster``): th
 who deploys it and no wish, so it is stored nowhere, and several manifests never disagree on it.
 
 A manifest says nothing about revisions and about how an agent was started, so
-that `export` followed by `parse` keeps everything but `revision` and
-`standalone`; what it said of the cluster is not in the deployments.
+that `export` followed by `parse` keeps everything but `revision`,
+`standalone` and `manifest`; what it said of the cluster is not in the deployments.
+
+Its name tells apart the manifests of one cluster: what `deploy --prune` deletes is what the same
+manifest had applied and doesn't name any more.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ TEXT_MAX = 8 * 1024 * 1024
 _ITEMS_MAX = 200_000
 _DEPTH_MAX = 32
 
-TOP_KEYS = ("version", "cluster", "agents")
+TOP_KEYS = ("version", "name", "cluster", "agents")
 CLUSTER_KEYS = ("min_nodes",)
 PLACEMENT_KEYS = (
     "strategy",
@@ -98,6 +101,13 @@ class Manifest:
     """What shall run, in its order."""
     min_nodes: int = 0
     """A deploy waits until so many nodes are up."""
+    name: str = ""
+    """What tells it from other manifests; its deployments carry it, too."""
+
+    @property
+    def owners(self) -> frozenset[str]:
+        """The manifests whose other deployments it replaces when it is told to prune."""
+        return frozenset(item.manifest for item in self.deployments) or frozenset([self.name])
 
 
 def load(path: str | Path) -> list[Deployment]:
@@ -110,7 +120,7 @@ def load(path: str | Path) -> list[Deployment]:
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Read the manifest at *path*.
+    """Read the manifest at *path*; one that says no name has that of the file, without its ending.
 
     Raises:
         ManifestError: it can't be read, or it is wrong; says what, where, and what would be right.
@@ -124,7 +134,7 @@ def load_manifest(path: str | Path) -> Manifest:
         raise ManifestError(f"{file} is not UTF-8 text.") from error
     except OSError as error:
         raise ManifestError(f"{file} can't be read: {error.strerror}.") from error
-    return parse_manifest(text, source=str(file))
+    return parse_manifest(text, source=str(file), name=file.stem)
 
 
 def parse(text: str, *, source: str = "manifest") -> list[Deployment]:
@@ -137,13 +147,16 @@ def parse(text: str, *, source: str = "manifest") -> list[Deployment]:
     return parse_manifest(text, source=source).deployments
 
 
-def parse_manifest(text: str, *, source: str = "manifest") -> Manifest:
+def parse_manifest(text: str, *, source: str = "manifest", name: str = "") -> Manifest:
     """All that a manifest says.
+
+    Args:
+        name: its name if it says none.
 
     Raises:
         ManifestError: see `parse`.
     """
-    return _Parser(source).parse(text)
+    return _Parser(source, name).parse(text)
 
 
 def check_collisions(deployments: Iterable[Deployment]) -> None:
@@ -163,8 +176,9 @@ def check_collisions(deployments: Iterable[Deployment]) -> None:
 
 
 class _Parser:
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, name: str) -> None:
         self._source = source
+        self._name = name
         self._items = 0
 
     def _fail(
@@ -194,10 +208,12 @@ class _Parser:
             )
         if "agents" not in root:
             self._fail(1, "the key 'agents' is missing.", "Add `agents:` with a list below it.")
+        if root.get("name") is not None:
+            self._name = self._text(root, "name")
         min_nodes = self._min_nodes(root)
         agents = root["agents"]
         if agents is None:
-            return Manifest([], min_nodes)
+            return Manifest([], min_nodes, self._name)
         if not isinstance(agents, CommentedSeq):
             self._fail(
                 _line(root, "agents"),
@@ -227,7 +243,7 @@ class _Parser:
                 "Rename one of them.",
                 agent=agent,
             )
-        return Manifest(deployments, min_nodes)
+        return Manifest(deployments, min_nodes, self._name)
 
     def _min_nodes(self, root: CommentedMap) -> int:
         cluster = root.get("cluster")
@@ -309,6 +325,7 @@ class _Parser:
         if item.get("subscribe") is not None:
             spec["subscribe"] = self._subscribe(item)
         values: dict[str, Any] = {"name": self._text(item, "name"), "spec": spec}
+        values["manifest"] = self._name
         if item.get("replicas") is not None:
             values["replicas"] = self._replicas(item)
         if item.get("tier") is not None:

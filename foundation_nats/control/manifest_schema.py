@@ -51,6 +51,10 @@ def manifest_schema() -> dict[str, Any]:
         "required": ["version", "agents"],
         "properties": {
             "version": {"const": manifest.VERSION, "description": "Of the format."},
+            "name": {
+                "anyOf": [{"type": "string"}, {"type": "null"}],
+                "description": "What tells this manifest from others: see `deploy --prune`.",
+            },
             "cluster": {
                 "anyOf": [
                     {

@@ -74,4 +74,5 @@ def deployment_status(deployment: Deployment, held: Iterable[Held]) -> Deploymen
         stuck=deployment.stuck,
         rolled_back=deployment.rolled_back,
         autoscale=deployment.autoscale,
+        manifest=deployment.manifest,
     )

@@ -118,6 +118,8 @@ class Deployment(WireModel):
     """None: one agent whose id is the name; else ids ``NAME-0`` … ``NAME-(n-1)``."""
     standalone: bool = False
     """Started by itself (`agents.start`), not through a manifest."""
+    manifest: str = ""
+    """The name of the manifest that applied it last; empty: one without a name, or a program."""
     revision: int = 1
     """Grows with every applied change."""
     update: UpdatePolicy = UpdatePolicy()
@@ -188,3 +190,5 @@ class DeploymentStatus(WireModel):
     """Why the spec is an earlier one again."""
     autoscale: Autoscale | None = None
     """By what it scales itself, and how far."""
+    manifest: str = ""
+    """The manifest that applied it last."""

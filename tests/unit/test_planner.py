@@ -674,11 +674,12 @@ def test_a_diff_says_what_is_added_changed_removed_and_kept() -> None:
     current = {
         "same": wish("same"),
         "changed": wish("changed", 2, placement={"strategy": "spread"}),
-        "gone": wish("gone"),
-        "alone": wish("alone").model_copy(update={"standalone": True}),
+        "gone": wish("gone").model_copy(update={"manifest": "shop"}),
+        "other": wish("other").model_copy(update={"manifest": "bank"}),
+        "alone": wish("alone").model_copy(update={"standalone": True, "manifest": "shop"}),
     }
     wanted = [wish("same"), wish("changed", 3, critical=True), wish("new")]
-    changes = {change.name: change for change in diff(current, wanted, prune=True)}
+    changes = {change.name: change for change in diff(current, wanted, prune=["shop"])}
     assert {name: change.kind.value for name, change in changes.items()} == {
         "same": "=",
         "changed": "~",
