@@ -24,6 +24,62 @@ from foundation_cli.connection import (
 _HELP = "Nodes: processes that host agents."
 _LEVELS = ("debug", "info", "warning", "error")
 
+# What a node runs with, wherever it is started.
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="K", min=1, max=1024, help="Worker processes (one per core)."),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import at start; may be repeated."),
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:CLASS",
+        help="Follow this replicated domain from the start on; may be repeated.",
+    ),
+]
+Labels = Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")]
+Capabilities = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="What the node offers; may be repeated."),
+]
+Capacity = Annotated[
+    list[str] | None,
+    typer.Option(metavar="K=N", help="A limit, such as slots=500; may be repeated."),
+]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")]
+LogLevel = Annotated[str, typer.Option(metavar="LEVEL", help=f"{', '.join(_LEVELS)}.")]
+
+
+def checked_level(level: str) -> str:
+    """The level in small letters.
+
+    Raises:
+        typer.BadParameter: there is none of this name.
+    """
+    if level.lower() not in _LEVELS:
+        raise typer.BadParameter(
+            f"{level!r} is none of {', '.join(_LEVELS)}.", param_hint="--log-level"
+        )
+    return level.lower()
+
+
+def checked_domains(domains: list[str] | None) -> tuple[str, ...]:
+    """The domains.
+
+    Raises:
+        typer.BadParameter: one is not written as a module and a class.
+    """
+    for wanted in domains or []:
+        module, colon, kind = wanted.partition(":")
+        if not (module and colon and kind):
+            raise typer.BadParameter(
+                f"{wanted!r} is not of the form 'module:Class'.", param_hint="--domain"
+            )
+    return tuple(domains or ())
+
 
 def _find_modules_here() -> None:
     """Let this process and its workers import from the working directory."""
@@ -57,51 +113,26 @@ def start(
         str | None,
         typer.Option("--name", "-n", metavar="NAME", help="The node's name (from the host's)."),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=1, max=1024, help="Worker processes (one per core)."),
-    ] = None,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Import at start; may be repeated."),
-    ] = None,
-    domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODULE:CLASS",
-            help="Follow this replicated domain from the start on; may be repeated.",
-        ),
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")
-    ] = None,
-    capability: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="What the node offers; may be repeated."),
-    ] = None,
-    capacity: Annotated[
-        list[str] | None,
-        typer.Option(metavar="K=N", help="A limit, such as slots=500; may be repeated."),
-    ] = None,
+    workers: Workers = None,
+    imports: Imports = None,
+    domain: Domains = None,
+    label: Labels = None,
+    capability: Capabilities = None,
+    capacity: Capacity = None,
     metrics: Annotated[
         str | None,
         typer.Option(
             metavar="[HOST:]PORT", help="Serve metrics to Prometheus; on 127.0.0.1 unless HOST."
         ),
     ] = None,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
-    log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help=f"{', '.join(_LEVELS)}.")
-    ] = "info",
+    log_json: LogJson = False,
+    log_level: LogLevel = "info",
 ) -> None:
     """Run one node until it is told to stop.
 
     Example: foundation node start --name n1 --import my_agents --label zone=a --capacity slots=500
     """
-    if log_level.lower() not in _LEVELS:
-        raise typer.BadParameter(
-            f"{log_level!r} is none of {', '.join(_LEVELS)}.", param_hint="--log-level"
-        )
+    level = checked_level(log_level)
     labels = values.pairs(label or [], "--label")
     capacities = values.numbers(capacity or [], "--capacity")
 
@@ -109,13 +140,8 @@ def start(
 
     _find_modules_here()
     _check_found(imports or [])
-    for wanted in domain or []:
-        module, colon, kind = wanted.partition(":")
-        if not (module and colon and kind):
-            raise typer.BadParameter(
-                f"{wanted!r} is not of the form 'module:Class'.", param_hint="--domain"
-            )
-        _check_found([module], "--domain")
+    domains = checked_domains(domain)
+    _check_found([wanted.partition(":")[0] for wanted in domains], "--domain")
 
     from foundation_nats.node.spawning import spawn, worker_count
 
@@ -126,16 +152,16 @@ def start(
     from foundation_nats.base import logs, tasks
 
     config = load_config(resolve(shared))
-    logs.configure(level=log_level, json=log_json)
+    logs.configure(level=level, json=log_json)
     options = NodeOptions(
         name=name,
         workers=workers,
         imports=tuple(imports or ()),
-        domains=tuple(domain or ()),
+        domains=domains,
         labels=labels,
         capabilities=tuple(capability or ()),
         capacity=capacities,
-        log_level=log_level.lower(),
+        log_level=level,
         log_json=log_json,
         metrics=where,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foundation_cli import complete, render, values
+from foundation_cli import complete, node, render, values
 from foundation_cli.connection import (
     Output,
     Shared,
@@ -106,25 +106,21 @@ def add(
         str,
         typer.Option("--name", "-n", metavar="PREFIX", help="Named PREFIX-1, PREFIX-2, …"),
     ] = "node",
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=1, max=1024, help="Worker processes (one per core)."),
+    workers: node.Workers = None,
+    imports: node.Imports = None,
+    domain: node.Domains = None,
+    label: node.Labels = None,
+    capability: node.Capabilities = None,
+    capacity: node.Capacity = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Serve metrics to Prometheus: the first at PORT, the second at PORT + 1, …",
+        ),
     ] = None,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Import at start; may be repeated."),
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")
-    ] = None,
-    capability: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="What the nodes offer; may be repeated."),
-    ] = None,
-    capacity: Annotated[
-        list[str] | None,
-        typer.Option(metavar="K=N", help="A limit, such as slots=500; may be repeated."),
-    ] = None,
+    log_json: node.LogJson = False,
+    log_level: node.LogLevel = "info",
     launcher: _Launcher = None,
     command: Annotated[
         str | None,
@@ -165,6 +161,9 @@ def add(
         )
     labels = values.pairs(label or [], "--label")
     capacities = values.numbers(capacity or [], "--capacity")
+    domains = node.checked_domains(domain)
+    level = node.checked_level(log_level)
+    where = None if metrics is None else values.address(metrics, "--metrics")
 
     async def main() -> Any:
         from foundation_nats.api.scaling import add_nodes
@@ -179,6 +178,10 @@ def add(
             labels=labels,
             capabilities=tuple(capability or ()),
             capacity=capacities,
+            domains=domains,
+            metrics=where,
+            log_level=level,
+            log_json=log_json,
         )
         async with connected(shared) as cluster:
             added = await add_nodes(

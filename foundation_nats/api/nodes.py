@@ -256,12 +256,17 @@ class Nodes:
         labels: Mapping[str, str] | None = None,
         capabilities: Sequence[str] = (),
         capacity: Mapping[str, float] | None = None,
+        domains: Sequence[str] = (),
+        metrics: str | None = None,
+        log_level: str = "info",
+        log_json: bool = False,
         launcher: str | Launcher | None = None,
         timeout: float = 60.0,
     ) -> builtins.list[NodeInfo]:
         """Start nodes named *prefix* and the next free numbers, and wait until they are up.
 
         Args:
+            metrics: ``HOST:PORT`` where the first serves its metrics; the others at the ports after it.
             launcher: ``local`` (processes of this machine that outlive this program), ``command``,
                 one of an installed package, or one of your own; None: as ``launcher.kind`` says.
 
@@ -290,6 +295,10 @@ class Nodes:
             labels=dict(labels or {}),
             capabilities=tuple(capabilities),
             capacity=dict(capacity or {}),
+            domains=tuple(domains),
+            metrics=metrics,
+            log_level=log_level,
+            log_json=log_json,
         )
         return await add_nodes(
             self._cluster, launcher, count, prefix=prefix, options=options, timeout=timeout

@@ -107,6 +107,7 @@ async def add_nodes(
     and `remove_nodes` takes it away.
 
     Raises:
+        ConfigError: there are not so many ports for their metrics; nothing was started.
         LaunchError: one could not be started; `details["started"]` names the others.
         NotSettledError: not up in time, or ended before; with what its log says.
         BusUnavailableError, BusTimeoutError
@@ -116,9 +117,10 @@ async def add_nodes(
     # A cordon belongs to a name: a new node must not inherit one.
     taken = {node.name for node in await cluster.nodes.list()} | {*await cluster.mover.cordons()}
     launched: dict[str, Launched] = {}
-    for _ in range(count):
+    each = [options.nth(number) for number in range(count)]
+    for given in each:
         try:
-            item = await _start_next(launcher, prefix, taken, options)
+            item = await _start_next(launcher, prefix, taken, given)
         except FoundationError as error:
             error.details["started"] = sorted(launched)
             if launched:

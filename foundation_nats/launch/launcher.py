@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from foundation_nats.config import Config
+from foundation_nats.errors import ConfigError
+
+_PORT_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,29 @@ class LaunchOptions:
     labels: Mapping[str, str] = field(default_factory=dict)
     capabilities: tuple[str, ...] = ()
     capacity: Mapping[str, float] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    """``module:Class`` of replicated domains that they follow from their start."""
+    metrics: str | None = None
+    """``HOST:PORT`` where a node serves its metrics; None: nowhere."""
     log_level: str = "info"
+    log_json: bool = False
+
+    def nth(self, number: int) -> LaunchOptions:
+        """The same for the *number*-th node of several, from 0: each serves its metrics at its own port.
+
+        Raises:
+            ConfigError: there is no such port.
+        """
+        if self.metrics is None:
+            return self
+        host, _, first = self.metrics.rpartition(":")
+        port = int(first) + number
+        if port > _PORT_MAX:
+            raise ConfigError(
+                f"The metrics of node {number + 1} would be served at port {port}, which is none.",
+                hint="Begin with a lower port, or add fewer nodes at a time.",
+            )
+        return replace(self, metrics=f"{host}:{port}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +122,9 @@ def option_arguments(options: LaunchOptions) -> dict[str, list[str]]:
         "capacity": _repeated(
             "--capacity", (f"{k}={v:g}" for k, v in sorted(options.capacity.items()))
         ),
+        "domains": _repeated("--domain", options.domains),
+        "metrics": [] if options.metrics is None else ["--metrics", options.metrics],
+        "log_json": ["--log-json"] if options.log_json else [],
         "log_level": [] if options.log_level == "info" else ["--log-level", options.log_level],
     }
 

@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from foundation_nats import Cluster
 from foundation_nats.base.process import process_start
 from foundation_nats.launch.ledger import Ledger
 from foundation_nats.testing import TestCluster, eventually
+from foundation_nats.testing.brokers import free_port
+from tests.agents.deciders import Book, Seats
 from tests.conftest import AGENTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
@@ -140,6 +144,56 @@ async def test_nodes_are_added_and_removed_and_no_agent_is_lost(tmp_path: Path) 
         await client.deployments.wait_settled(["counters"], timeout=15)
         totals = [await client.ask(f"counters-{number}", "counter.get") for number in range(6)]
         assert totals == list(range(6))
+
+
+def _free_ports() -> int:
+    """The first of two neighbouring ports that were free a moment ago."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", first + 1))
+            return first
+
+
+async def test_added_nodes_follow_domains_serve_metrics_and_log_as_they_are_told(
+    tmp_path: Path,
+) -> None:
+    """Everything that `node start` takes; of several nodes each serves at a port of its own."""
+    async with running(tmp_path, nodes=0) as (cluster, shell):
+        port = _free_ports()
+        added = await shell.json(
+            *("nodes", "add", "2", "--workers", "1", "--domain", "deciders:Seats"),
+            *("--metrics", str(port), "--log-json", "--log-level", "debug"),
+        )
+        names = [node["name"] for node in added["added"]]
+        accepted = await cluster.client.consensus.propose(Seats, Book(seat="1A", by="me"))
+
+        async def followed() -> bool:
+            hosts = await cluster.client.consensus.hosts("seats")
+            return hosts == dict.fromkeys(names, accepted.revision)
+
+        await eventually(followed, message="both nodes follow the domain")
+
+        def scrape(number: int) -> str:
+            url = f"http://127.0.0.1:{port + number}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return str(answer.read().decode())
+
+        for number, name in enumerate(names):
+            assert f'foundation_leader{{node="{name}"}}' in await asyncio.to_thread(scrape, number)
+            (log,) = (tmp_path / "state").rglob(f"{name}.log")
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            assert "debug" in {line["level"] for line in lines}
+        await shell.json("nodes", "remove", *names, "--force")
+
+        for words, said in (
+            (("--metrics", "65535"), "port 65536"),
+            (("--domain", "deciders"), "module:Class"),
+            (("--log-level", "loud"), "none of debug"),
+        ):
+            code, _, err = await shell.run("nodes", "add", "2", *words)
+            assert (code, said in err) == (2, True), err
+        assert not list((tmp_path / "state").rglob("*.json"))
 
 
 async def test_a_node_started_elsewhere_is_asked_to_drain_and_end(tmp_path: Path) -> None:
