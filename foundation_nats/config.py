@@ -252,6 +252,13 @@ class LauncherConfig(_Section):
     """How long such a command may take."""
 
 
+class TelemetryConfig(_Section):
+    """Who is told of what happens to the cluster, in the processes of nodes."""
+
+    handlers: tuple[str, ...] = ()
+    """``module:function`` each: called by a node's manager with every event of `base.telemetry`."""
+
+
 class Config(_Section):
     """All settings of one process."""
 
@@ -265,6 +272,7 @@ class Config(_Section):
     control: ControlConfig = ControlConfig()
     worker: WorkerConfig = WorkerConfig()
     launcher: LauncherConfig = LauncherConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @classmethod
     def load(cls, **overrides: Any) -> Config:
@@ -286,6 +294,8 @@ class Config(_Section):
             for part in path[:-1]:
                 here = here.setdefault(part, {})
             found: object = tuple(text.split(",")) if path[-1] == "servers" else text
+            if path == ["telemetry", "handlers"]:
+                found = tuple(part.strip() for part in text.split(",") if part.strip())
             here[path[-1]] = None if text.lower() == "none" else found
         _merge(values, overrides)
         try:

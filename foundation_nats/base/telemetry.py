@@ -21,16 +21,22 @@ Of a node: ``node``, ``incarnation``, ``labels``, ``capabilities``, and who noti
 agent: ``agent``, ``node``, ``deployment``, ``status``.
 
 They are told where they are noticed, by each process for itself: in a program that runs a `Node`,
-and in a client after `Cluster.telemetry`. What was there when it began to look is told of nodes, which
+in a `foundation node start` that loads handlers by the setting ``telemetry.handlers``, and in a client
+after `Cluster.telemetry`. What was there when it began to look is told of nodes, which
 connect then, and not of agents.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from foundation_nats.base.logs import get_logger
+from foundation_nats.errors import ConfigError
 
 NODE_CONNECTED = "foundation.clustering.node_connected"
 NODE_DISCONNECTED = "foundation.clustering.node_disconnected"
@@ -50,6 +56,8 @@ Handler = Callable[[str, Mapping[str, float], Mapping[str, Any]], object]
 """Called with the event's name, its measurements and its metadata."""
 
 _handlers: dict[str, dict[str, Handler]] = {}
+_loaded: Counter[str] = Counter()
+"""How often a handler was loaded by its name and not taken back."""
 
 
 def attach(id: str, events: str | Iterable[str], handler: Handler) -> None:
@@ -79,6 +87,63 @@ def detach(id: str) -> bool:
             else:
                 del _handlers[name]
     return was_there
+
+
+def load(names: Iterable[str]) -> Callable[[], None]:
+    """Attach functions, each named ``module:function``, to all of the platform's events.
+
+    Returns what detaches them again. One that is loaded twice, by two nodes of one program, is called
+    once for each event, until it was taken back twice.
+
+    Raises:
+        ConfigError: one is not there, can't be imported or can't be called; none was attached.
+    """
+    found = {name: _find(name) for name in names}
+    for name, handler in found.items():
+        if not _loaded[name]:
+            attach(name, EVENTS, handler)
+        _loaded[name] += 1
+
+    def unload() -> None:
+        while found:
+            name, _ = found.popitem()
+            _loaded[name] -= 1
+            if not _loaded[name]:
+                detach(name)
+
+    return unload
+
+
+def _find(name: str) -> Handler:
+    where, colon, path = name.partition(":")
+    if not (where and colon and path):
+        raise ConfigError(
+            f"The telemetry handler {name!r} is not of the form 'module:function'.",
+            hint="It is said by the setting telemetry.handlers.",
+        )
+    try:
+        found: Any = importlib.import_module(where)
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
+        raise ConfigError(
+            f"The telemetry handler {name} can't be imported: {error or type(error).__name__}.",
+            hint="Modules are looked for in the working directory and on PYTHONPATH.",
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = get_close_matches(part, dir(found), n=1)
+            raise ConfigError(
+                f"The telemetry handler {name} is not there: {where} has no {path}.",
+                hint=f"Did you mean {near[0]!r}?" if near else "Name a function of the module.",
+            )
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, type) or inspect.iscoroutinefunction(found):
+        what = "waits (async)" if inspect.iscoroutinefunction(found) else "is no function"
+        raise ConfigError(
+            f"The telemetry handler {name} {what}.",
+            hint="Write `def handler(event, measurements, metadata)`; it is called at once.",
+        )
+    handler: Handler = found
+    return handler
 
 
 def is_attached(event: str) -> bool:

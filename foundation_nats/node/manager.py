@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from secrets import token_hex
@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from foundation_nats.base import telemetry
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint
 from foundation_nats.base.logs import get_logger
@@ -187,6 +188,7 @@ class NodeManager:
         self._has_left = False
         self._micro: MicroService | None = None
         self._metrics: Metrics | None = None
+        self._unload_telemetry: Callable[[], None] = lambda: None
         self._draining = False
         self._cpu = self._memory = 0.0
         self._load_at = 0.0
@@ -197,6 +199,7 @@ class NodeManager:
         """Join the cluster and begin to host; returns when the node is up.
 
         Raises:
+            ConfigError: a handler of `telemetry.handlers` can't be loaded.
             BusUnavailableError: no NATS server.
             ServerError: the server can't carry a cluster.
             NodeNameTakenError: a node of this name is alive.
@@ -209,6 +212,7 @@ class NodeManager:
 
     async def _start(self) -> None:
         config = self._config
+        self._unload_telemetry = telemetry.load(config.telemetry.handlers)
         self._bus = bus = await Bus.connect(config.bus, self.name)
         self._scope = scope = TaskScope("node")
         scope.failure.add_done_callback(
@@ -655,6 +659,7 @@ class NodeManager:
             self._validity.close()
         if self._micro is not None:
             self._micro.close()
+        self._unload_telemetry()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
         await self._workers.close()

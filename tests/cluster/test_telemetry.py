@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foundation_nats import Node, NodeOptions
+from foundation_nats import Config, Node, NodeOptions
 from foundation_nats.base import telemetry
+from foundation_nats.errors import ConfigError
 from foundation_nats.testing import TestCluster, eventually
 from tests.conftest import AGENTS
 
@@ -113,3 +116,72 @@ async def test_a_program_that_runs_a_node_is_told_by_it(
         ((measured, about),) = of(telemetry.FAILOVER_COMPLETED)
         assert (measured["agents"], about["node"], about["to"]) == (1, "other", {"own": 1})
         assert measured["ms"] > 0
+
+
+def test_handlers_are_loaded_by_name_and_a_wrong_name_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All or none are attached; one that is loaded twice is called once, until both are done."""
+    monkeypatch.setenv("FOUNDATION_TELEMETRY__HANDLERS", "tests.agents.measuring:fail, a.b:c")
+    config = Config.load()
+    assert config.telemetry.handlers == ("tests.agents.measuring:fail", "a.b:c")
+    for name, text in config.to_environment().items():
+        monkeypatch.setenv(name, text)
+    assert Config.load() == config
+    good = "tests.agents.measuring:fail"
+    for name, said in {
+        "measuring": "not of the form",
+        "no_such_module:count": "can't be imported: No module named 'no_such_module'",
+        "tests.agents.measuring:fial": "has no fial",
+        "tests.agents.measuring:os.name": "is no function",
+        "tests.agents.measuring:Path": "is no function",
+        "tests.agents.measuring:wait": "waits",
+    }.items():
+        with pytest.raises(ConfigError, match=said) as wrong:
+            telemetry.load([good, name])
+        assert name in str(wrong.value)
+        assert not telemetry.is_attached(telemetry.NODE_CONNECTED)
+    first, second = telemetry.load([good]), telemetry.load([good])
+    first()
+    first()
+    assert telemetry.is_attached(telemetry.NODE_CONNECTED)
+    second()
+    assert not telemetry.is_attached(telemetry.NODE_CONNECTED)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(60)
+async def test_a_node_process_loads_the_handlers_that_are_set(tmp_path: Path) -> None:
+    """Its manager calls them, one that raises is detached, and a wrong name ends the start."""
+    lines = tmp_path / "measured"
+    handlers = {
+        "FOUNDATION_TELEMETRY__HANDLERS": "measuring:fail,measuring:write_down",
+        "MEASURED": str(lines),
+    }
+
+    def told(event: str) -> list[dict[str, Any]]:
+        if not lines.exists():
+            return []
+        found = [json.loads(line) for line in lines.read_text().splitlines()]
+        return [item for item in found if item["event"] == event]
+
+    async with TestCluster(nodes=0, path=[str(AGENTS)]) as nodes:
+        own = nodes.start_node("own", environment=handlers)
+        await nodes.wait_up(["own"])
+        nodes.start_node("other", "--label", "zone=b")
+        await nodes.wait_up(["other"])
+        await eventually(lambda: told(telemetry.NODE_CONNECTED), message="told of the node")
+        (node,) = told(telemetry.NODE_CONNECTED)
+        assert (node["node"], node["observer"], node["nodes"]) == ("other", "own", 1)
+        assert (node["labels"], node["pid"]) == ({"zone": "b"}, own.pid)
+        await nodes.client.agents.start("fleet:Counter", id="a", critical=True)
+        await eventually(lambda: told(telemetry.AGENT_REGISTERED), message="told of the agent")
+        assert "no disk for metrics" in own.log_tail()
+        assert "handler raised and was detached" in own.log_tail()
+
+        wrong = {"FOUNDATION_TELEMETRY__HANDLERS": "measuring:wriet_down"}
+        node_of_none = nodes.start_node("wrong", environment=wrong)
+        assert await node_of_none.wait() == 2
+        assert "measuring has no wriet_down" in node_of_none.log_tail()
+        assert "'write_down'" in node_of_none.log_tail()
+        del nodes.nodes["wrong"]
