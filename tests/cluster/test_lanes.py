@@ -190,3 +190,61 @@ async def test_intake_is_limited() -> None:
         began = loop.time()
         await cluster.agents.stop("a")
         assert loop.time() - began < 1.5
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_urgent_signals_for_one_of_several_stay_urgent_where_they_are_re_routed_to() -> None:
+    """Their first choice dies amid them: each takes effect once, and the urgent ones still overtake."""
+    settings = {"control": {"unavailable_grace_s": 60}}
+    async with TestCluster(nodes=1, path=[str(AGENTS)], settings=settings) as nodes:
+        cluster = nodes.client
+        dying = nodes.start_node("dies", "--label", "home=dies")
+        await nodes.wait_up(["dies"])
+        slow = {"capabilities": ["work"], "config": {"seconds": 0.3}}
+        await cluster.agents.start(
+            "lanes:Lane", id="a", placement={"labels": {"home": "dies"}}, **slow
+        )
+        for n in range(6):
+            await cluster.send("any:work", "key", f"o{n}")
+        for n in range(4):
+            await cluster.send("any:work", "key", f"u{n}", urgent=True)
+
+        async def ahead() -> bool:
+            return bool((await _record(cluster, "a")).get("ahead"))
+
+        await eventually(ahead, timeout=10, every=0.01, message="one was handled ahead")
+        # The other one comes when the choice has been made, and is busy until all are there.
+        place = {"expressions": ["!home"]}
+        await cluster.agents.start("lanes:Lane", id="b", placement=place, capabilities=["work"])
+        dying.kill_all()
+        await cluster.send("b", "hold", 6)
+        by_a = await _keys(cluster, "a")
+        left = 10 - len(by_a)
+        assert 3 <= left < 10, "void: it was killed amid them"
+
+        async def moved() -> bool:
+            events = await cluster.events.list(topic="signal", limit=1000)
+            return len([event for event in events if event.what == "rerouted"]) == left
+
+        await eventually(moved, timeout=15, message="all that is left goes to the other one")
+        assert await _keys(cluster, "b") == [], "void: it has not handled any yet"
+
+        async def done() -> bool:
+            return len(await _keys(cluster, "b")) == left
+
+        await eventually(done, timeout=15)
+        by_b = await _keys(cluster, "b")
+        assert by_b == sorted(by_b, reverse=True, key=lambda key: key[0]), "the urgent ones first"
+        assert {key[0] for key in by_b} == {"o", "u"}, "void: both kinds were left"
+        # What is for one of several has no order, but each comes once.
+        assert sorted(by_a + by_b) == [*(f"o{n}" for n in range(6)), *(f"u{n}" for n in range(4))]
+        # It comes back, and skips what was taken from it, in both lanes.
+        nodes.start_node("dies", "--label", "home=dies")
+        await cluster.send("a", "key", "last")
+
+        async def last() -> bool:
+            return await _keys(cluster, "a") == [*by_a, "last"]
+
+        await eventually(last, timeout=20)
+        assert await _keys(cluster, "b") == by_b
+        assert await cluster.dead.list() == []
