@@ -132,6 +132,54 @@ async def test_any_spreads_over_equals() -> None:
         assert max(shares) <= 14, shares
 
 
+async def test_questions_to_any_go_where_the_least_waits() -> None:
+    """Evenly to equals; while signals wait on one node, all to the agent on the other."""
+    async with TestCluster(nodes=0, path=[str(AGENTS)]) as nodes:
+        cluster = nodes.client
+        for name in ("n1", "n2"):
+            nodes.start_node(name, "--label", f"home={name}")
+        await nodes.wait_up(["n1", "n2"])
+        for name in ("n1", "n2"):
+            await cluster.agents.start(
+                "fleet:Counter",
+                id=f"on_{name}",
+                capabilities=["counting"],
+                placement={"labels": {"home": name}},
+            )
+
+        async def asked(count: int) -> list[int]:
+            """How many of so many questions each of the two was given."""
+            before = [await cluster.ask(f"on_{name}", "counter.get") for name in ("n1", "n2")]
+            for _ in range(count):
+                await cluster.ask("any:counting", "counter.add", {"amount": 1})
+            after = [await cluster.ask(f"on_{name}", "counter.get") for name in ("n1", "n2")]
+            return [b - a for a, b in zip(before, after, strict=True)]
+
+        assert await asked(20) == [10, 10]
+        for busy, shares in (("n1", [0, 10]), ("n2", [10, 0])):
+            await cluster.agents.start(
+                "fleet:SlowMirror",
+                id=f"busy_{busy}",
+                placement={"labels": {"home": busy}},
+                config={"seconds": 3600},
+            )
+            # More than what the client has given to either lately, on the first and then on both.
+            count = 200 if busy == "n1" else 400
+            await asyncio.gather(
+                *(
+                    cluster.send(f"busy_{busy}", "ledger.append", {"key": str(number)})
+                    for number in range(count)
+                )
+            )
+
+            async def heard(busy: str = busy, count: int = count) -> bool:
+                node = (await cluster.nodes.view()).get(busy)
+                return node is not None and node.load.backlog >= count - 1
+
+            await eventually(heard, timeout=10, message="the client has heard of what waits")
+            assert await asked(10) == shares
+
+
 async def test_an_expander_that_dies_amid_the_copies_is_continued() -> None:
     """Each receiver gets each signal once; another node goes on when the word of the first is overdue."""
     async with TestCluster(nodes=0, path=[str(AGENTS)]) as nodes:
