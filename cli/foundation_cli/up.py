@@ -272,9 +272,12 @@ class Up:
         for module in options.imports:
             line += ["--import", module]
         if options.metrics is not None:
-            number = int(name.rpartition("-")[2])
-            line += ["--metrics", str(options.metrics + number - 1)]
+            line += ["--metrics", str(self._metrics_port(name, options.metrics))]
         return line
+
+    @staticmethod
+    def _metrics_port(name: str, first: int) -> int:
+        return first + int(name.rpartition("-")[2]) - 1
 
     async def _start_nodes(self) -> None:
         logs = self._state.logs = runtime.make_log_dir(self._options.cluster)
@@ -522,6 +525,12 @@ class Up:
     def _announce(self, watched: Sequence[Path] = ()) -> None:
         state, options = self._state, self._options
         names = list(state.nodes)
+        ports = (
+            {}
+            if options.metrics is None
+            else {name: self._metrics_port(name, options.metrics) for name in names}
+        )
+        metrics = {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items()}
         found = {
             "schema": f"{render.SCHEMA}/up",
             "cluster": options.cluster,
@@ -531,6 +540,7 @@ class Up:
             "store": state.store,
             "temporary": options.store is None,
             "logs": str(state.logs),
+            **({"metrics": metrics} if metrics else {}),
             **({"watched": [str(path) for path in watched]} if watched else {}),
         }
         if self._shared.format is not Output.TABLE:
@@ -542,6 +552,8 @@ class Up:
         render.write(f"nodes   {', '.join(names)}, {options.workers} worker(s) each")
         render.write(f"data    {kept}")
         render.write(f"logs    {state.logs}")
+        if metrics:
+            render.write(f"metrics {', '.join(metrics.values())}")
         if watched:
             render.write(f"reload  when code changes in {', '.join(map(str, watched))}")
         render.write("Try, in another terminal:")

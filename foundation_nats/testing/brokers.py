@@ -7,6 +7,7 @@ address where nobody is, so that gossip makes no route around the links.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -121,4 +122,15 @@ def free_port() -> int:
         return port
 
 
-__all__ = ["ROUTE_PINGS", "Brokers", "free_port"]
+def free_ports(count: int) -> int:
+    """The first of *count* neighbouring ports that were free a moment ago."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as probes:
+            for port in range(first, first + count):
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", port))
+            return first
+
+
+__all__ = ["ROUTE_PINGS", "Brokers", "free_port", "free_ports"]

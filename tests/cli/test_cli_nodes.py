@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -24,7 +23,7 @@ from foundation_nats import Cluster
 from foundation_nats.base.process import process_start
 from foundation_nats.launch.ledger import Ledger
 from foundation_nats.testing import TestCluster, eventually
-from foundation_nats.testing.brokers import free_port
+from foundation_nats.testing.brokers import free_ports
 from tests.agents.deciders import Book, Seats
 from tests.conftest import AGENTS
 
@@ -146,21 +145,12 @@ async def test_nodes_are_added_and_removed_and_no_agent_is_lost(tmp_path: Path) 
         assert totals == list(range(6))
 
 
-def _free_ports() -> int:
-    """The first of two neighbouring ports that were free a moment ago."""
-    while True:
-        first = free_port()
-        with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", first + 1))
-            return first
-
-
 async def test_added_nodes_follow_domains_serve_metrics_and_log_as_they_are_told(
     tmp_path: Path,
 ) -> None:
     """Everything that `node start` takes; of several nodes each serves at a port of its own."""
     async with running(tmp_path, nodes=0) as (cluster, shell):
-        port = _free_ports()
+        port = free_ports(2)
         added = await shell.json(
             *("nodes", "add", "2", "--workers", "1", "--domain", "deciders:Seats"),
             *("--metrics", str(port), "--log-json", "--log-level", "debug"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 from ruamel.yaml import YAML
+
+from foundation_nats.testing.brokers import free_ports
 
 pytestmark = pytest.mark.cluster
 
@@ -584,6 +587,54 @@ def test_respawn_starts_a_dead_node_again(tmp_path: Path) -> None:
             )
 
         _eventually(back, "the node is back", timeout=30)
+
+
+def test_each_node_serves_its_metrics_and_up_says_where(tmp_path: Path) -> None:
+    """From neighbouring ports; also the node that is started again in place of one that died."""
+    place = _place(tmp_path / "home")
+    port = free_ports(2)
+    with _up(place, "agents.yaml", "--nodes", "2", "--metrics", str(port), "--respawn") as running:
+        addresses = running.hello["metrics"]
+        assert addresses == {
+            "node-1": f"http://127.0.0.1:{port}/metrics",
+            "node-2": f"http://127.0.0.1:{port + 1}/metrics",
+        }
+
+        def scrape(node: str) -> dict[str, float]:
+            with urllib.request.urlopen(addresses[node], timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+            values = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+            return {name: float(value) for name, _, value in values}
+
+        def running_agents(node: str) -> float:
+            name = f'foundation_agents{{node="{node}",status="running"}}'
+            return scrape(node).get(name, 0.0)
+
+        agents = place.json("agents")
+        for node in addresses:
+            _eventually(
+                lambda node=node: (
+                    running_agents(node) == sum(agent["node"] == node for agent in agents)
+                ),
+                f"{node} counts its agents",
+            )
+        home = next(agent["node"] for agent in agents if agent["id"] == "visits")
+        for _ in range(3):
+            place.json("ask", "visits", "counter.add", '{"amount": 1}')
+        answered = f'foundation_asks_answered_total{{node="{home}",worker="{home}-w0"}}'
+        _eventually(lambda: scrape(home).get(answered) == 3, "its answers are counted")
+        leading = [scrape(node)[f'foundation_leader{{node="{node}"}}'] for node in addresses]
+        assert sorted(leading) == [0, 1]
+
+        (before,) = (node for node in place.json("nodes") if node["name"] == home)
+        os.kill(before["pid"], signal.SIGKILL)
+
+        def again() -> bool:
+            with contextlib.suppress(OSError):
+                return scrape(home).get(answered, 0) == 0
+            return False
+
+        _eventually(again, "the next life serves at the same port, and counts anew", timeout=30)
 
 
 def test_a_node_that_cannot_start_ends_up_with_its_reason(tmp_path: Path) -> None:
