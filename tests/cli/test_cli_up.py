@@ -619,10 +619,9 @@ def test_each_node_serves_its_metrics_and_up_says_where(tmp_path: Path) -> None:
                 f"{node} counts its agents",
             )
         home = next(agent["node"] for agent in agents if agent["id"] == "visits")
-        for _ in range(3):
-            place.json("ask", "visits", "counter.add", '{"amount": 1}')
+        place.json("ask", "visits", "counter.add", '{"amount": 1}')
         answered = f'foundation_asks_answered_total{{node="{home}",worker="{home}-w0"}}'
-        _eventually(lambda: scrape(home).get(answered) == 3, "its answers are counted")
+        _eventually(lambda: scrape(home).get(answered) == 1, "its answer is counted")
         leading = [scrape(node)[f'foundation_leader{{node="{node}"}}'] for node in addresses]
         assert sorted(leading) == [0, 1]
 
