@@ -28,19 +28,17 @@ import functools
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from foundation_nats.testing.scratch import Scratch, run_program
 
 _PREFIX = "foundation-disk-"
 _BALLAST = "ballast"
 _CHUNK = 256 * 1024
 _MIB = 1024**2
-_COMMAND_TIMEOUT_S = 20.0
 _QUIET_TIMEOUT_S = 5.0
 _EXT4_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32)
 _NO_LOG_FLUSH = struct.pack("I", 2)
@@ -73,7 +71,7 @@ def can_throttle() -> str | None:
     return reason
 
 
-class _Disk:
+class _Disk(Scratch):
     """A volume mounted in a directory of its own."""
 
     def __init__(self, size_mb: int) -> None:
@@ -122,24 +120,11 @@ class _Disk:
     def _mount(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
+    def _make(self) -> None:
         _remove_abandoned()
         self._home = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-        try:
-            self.path.mkdir()
-            self._mount()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        self.path.mkdir()
+        self._mount()
 
 
 class SmallDisk(_Disk):
@@ -152,7 +137,9 @@ class SmallDisk(_Disk):
     """
 
     def _mount(self) -> None:
-        _run("mount", "-t", "tmpfs", "-o", f"size={self.size_mb}m", "foundation", str(self.path))
+        run_program(
+            "mount", "-t", "tmpfs", "-o", f"size={self.size_mb}m", "foundation", str(self.path)
+        )
 
 
 class MortalDisk(_Disk):
@@ -181,7 +168,7 @@ class MortalDisk(_Disk):
 
     def settle(self) -> None:
         """Write everything back, as if it had been written minutes ago."""
-        _run("sync", "-f", str(self.path))
+        run_program("sync", "-f", str(self.path))
 
     def cut(self) -> None:
         """Take the power away: nothing reaches the device any more, every write fails."""
@@ -208,7 +195,7 @@ class MortalDisk(_Disk):
         self._lives += 1
         # A copy, because the dead file system lives on in whoever has a file open, and may
         # still write its superblock when the last one is closed.
-        _run("cp", "--sparse=auto", str(before), str(self._image))
+        run_program("cp", "--sparse=auto", str(before), str(self._image))
         _unmount(self.path)
         before.unlink()
         self._attach()
@@ -223,12 +210,12 @@ class MortalDisk(_Disk):
             image.truncate(self.size_mb * _MIB)
         # Initialised at once, so that no kernel thread writes later.
         extended = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
-        _run("mkfs.ext4", "-q", "-F", "-m", "0", "-E", extended, str(self._image))
+        run_program("mkfs.ext4", "-q", "-F", "-m", "0", "-E", extended, str(self._image))
         self._attach()
 
     def _attach(self) -> None:
         options = ",".join(filter(None, ("loop", self._options)))
-        _run("mount", "-t", "ext4", "-o", options, str(self._image), str(self.path))
+        run_program("mount", "-t", "ext4", "-o", options, str(self._image), str(self.path))
         self._is_cut = False
 
     @property
@@ -280,25 +267,6 @@ class SlowDisk(MortalDisk):
             (_THROTTLES / "blkio.throttle.write_iops_device").write_text(f"{device} 0")
 
 
-def _run(*command: str) -> None:
-    """Run one of the system's programs.
-
-    Raises:
-        OSError: it failed; says what it said.
-    """
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_COMMAND_TIMEOUT_S,
-    )
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        raise OSError(f"{' '.join(command)}: {said}")
-
-
 def _unmount(path: Path) -> None:
     """Unmount; if somebody still has a file open there, at least take it out of sight."""
     # Asked of the kernel: a file system that was shut down does not answer a stat.
@@ -306,9 +274,9 @@ def _unmount(path: Path) -> None:
     if str(path) not in (line.split()[1] for line in mounts):
         return
     try:
-        _run("umount", str(path))
+        run_program("umount", str(path))
     except OSError:
-        _run("umount", "-l", str(path))
+        run_program("umount", "-l", str(path))
 
 
 def _remove(home: Path) -> None:

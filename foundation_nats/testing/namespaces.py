@@ -27,17 +27,16 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from foundation_nats.node.embedded import EmbeddedConfig, probe_server
 from foundation_nats.testing.brokers import ROUTE_PINGS
 from foundation_nats.testing.links import Link
+from foundation_nats.testing.scratch import Scratch, run_program
 from foundation_nats.testing.server import TestServer
 
 T = TypeVar("T")
@@ -46,7 +45,6 @@ PORT = 4222
 ROUTES_PORT = 6222
 _CLONE_NEWNET = 0x40000000
 _NOBODY = "02:00:00:00:00:fe"
-_COMMAND_TIMEOUT_S = 10.0
 _BURST = "16kb"
 _QUEUE = "400ms"
 
@@ -109,7 +107,7 @@ class Host:
         return connected
 
 
-class Lan:
+class Lan(Scratch):
     """A ``with`` around one bridge and the hosts at it.
 
     Example:
@@ -124,22 +122,9 @@ class Lan:
         self.hosts: dict[str, Host] = {}
         self._bridge: int | None = None
 
-    def __enter__(self) -> Self:
+    def _make(self) -> None:
         self._bridge = _new_namespace()
-        try:
-            _run(self._bridge, "ip link add lan type bridge", "ip link set lan up")
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        _run(self._bridge, "ip link add lan type bridge", "ip link set lan up")
 
     def close(self) -> None:
         """Let the kernel take it all away; what runs on a host keeps that host alone. Idempotent."""
@@ -309,21 +294,8 @@ def _run(namespace: int, *commands: str) -> str:
     Raises:
         OSError: one failed; says what it said.
     """
-    printed = []
-    for command in commands:
-        done = subprocess.run(
-            ["nsenter", f"--net={_path(namespace)}", *command.split()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_COMMAND_TIMEOUT_S,
-        )
-        if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-            raise OSError(f"{command}: {said}")
-        printed.append(done.stdout)
-    return "".join(printed)
+    inside = ["nsenter", f"--net={_path(namespace)}"]
+    return "".join(run_program(*inside, *command.split()) for command in commands)
 
 
 def _new_namespace() -> int:

@@ -9,8 +9,9 @@ import sys
 
 from foundation_nats import Cluster
 from foundation_nats.bus.streams import append
+from foundation_nats.chaos.workloads.domains import Append, Write
 from foundation_nats.testing import TestServer
-from tests.cluster.domains import Append, Store, Write
+from tests.cluster.domains import Store
 
 
 async def _run(server: TestServer, *arguments: str) -> tuple[int, str, str]:

@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
 from pydantic import BaseModel, Field
 
+from foundation_nats.chaos.workloads.domains import ChaosCells
 from foundation_nats.consensus.domain import Domain
 
 
-class Write(BaseModel):
-    """Set a key, whatever it holds."""
-
-    kind: Literal["write"] = "write"
-    key: str
-    value: str
-
-
-class Cas(BaseModel):
-    """Set a key that holds *expected*; rejected if it doesn't."""
-
-    kind: Literal["cas"] = "cas"
-    key: str
-    expected: str | None
-    value: str
-
-
-class Append(BaseModel):
-    """Add to the list."""
-
-    kind: Literal["append"] = "append"
-    item: str
-
-
-class Registers(BaseModel):
-    """Registers and a list."""
-
-    values: dict[str, str] = Field(default_factory=dict)
-    items: list[str] = Field(default_factory=list)
-
-
-class Store(Domain[Registers, Write | Cas | Append]):
-    """What the fault tests propose to; snapshots often."""
+class Store(ChaosCells):
+    """What the fault tests propose to: the registers and the list of the campaigns, snapshots more often."""
 
     name = "store"
     snapshot_every = 25
-    State = Registers
-    Operation = Annotated[Write | Cas | Append, Field(discriminator="kind")]
-
-    def validate(self, state: Registers, operation: Any) -> str | None:
-        """A `Cas` must find what it expects; a repeated item would show."""
-        match operation:
-            case Cas(key=key, expected=expected) if state.values.get(key) != expected:
-                return f"{key} is {state.values.get(key)!r}"
-        return None
-
-    def apply(self, state: Registers, operation: Any) -> Registers:
-        """Write."""
-        match operation:
-            case Write(key=key, value=value) | Cas(key=key, value=value):
-                state.values[key] = value
-            case Append(item=item):
-                state.items.append(item)
-        return state
 
 
 class Put(BaseModel):

@@ -19,10 +19,11 @@ import orjson
 
 from foundation_nats import Cluster
 from foundation_nats.chaos.history import Operation, now_ns
+from foundation_nats.chaos.workloads.domains import Append, Cas, Write
 from foundation_nats.consensus.domain import Proposal, ProposalStatus
 from foundation_nats.errors import FoundationError
 from tests.cluster.children import connect
-from tests.cluster.domains import Append, Cas, Store, Write
+from tests.cluster.domains import Store
 
 KEYS = ("a", "b", "c")
 

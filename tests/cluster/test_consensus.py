@@ -16,6 +16,7 @@ from foundation_nats.base.clock import monotonic
 from foundation_nats.bus.streams import api
 from foundation_nats.chaos.checkers.linearizable import check_linearizable
 from foundation_nats.chaos.history import Operation
+from foundation_nats.chaos.workloads.domains import Append, Cells, Write
 from foundation_nats.consensus import replica as replica_module
 from foundation_nats.consensus.domain import ProposalStatus
 from foundation_nats.errors import BusUnavailableError
@@ -24,7 +25,7 @@ from foundation_nats.testing.brokers import Brokers
 from foundation_nats.testing.links import Link
 from tests.cluster import proposer
 from tests.cluster.children import Child, Children
-from tests.cluster.domains import Append, Registers, Store, Write
+from tests.cluster.domains import Store
 from tests.cluster.test_replicated import stream_leader
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 _MODULE = "tests.cluster.proposer"
 
 
-async def _settle(cluster: Cluster, history: list[Operation]) -> Registers:
+async def _settle(cluster: Cluster, history: list[Operation]) -> Cells:
     """Propose again, as another process, every append whose outcome nobody knows."""
     for operation in history:
         if operation.f == "append" and operation.outcome == "unknown":

@@ -195,7 +195,7 @@ async def test_everybody_is_asked_and_a_quorum_is_enough() -> None:
         assert isinstance(answers.errors["slow"], AskTimeoutError)
         # Out of reach when the time is up: whoever could answer has, the other one is told to be late.
         with pytest.raises(
-            QuorumError, match="2 of 3 behind .* within 1 s; 3 are needed"
+            QuorumError, match=r"2 of 3 behind .* within 1 s; 3 are needed"
         ) as caught:
             await ask_all("label:group=q", "sleep", 0.0, quorum=0.9, timeout=1.0)
         assert caught.value.details["results"] == {"a": 0.0, "b": 0.0}

@@ -7,11 +7,12 @@ import asyncio
 import pytest
 
 from foundation_nats import Cluster, FoundationError
+from foundation_nats.chaos.workloads.domains import Append
 from foundation_nats.consensus import replica as replica_module
 from foundation_nats.node.embedded import EmbeddedConfig
 from foundation_nats.testing import TestServer, eventually
 from foundation_nats.testing.disks import MortalDisk, can_mount
-from tests.cluster.domains import Append, Store
+from tests.cluster.domains import Store
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,6 +50,7 @@ from foundation_nats.gateways.a2a_tasks import Recorded
 from foundation_nats.gateways.web import Web
 from foundation_nats.testing import TestCluster, eventually
 from tests.conftest import AGENTS
+from tests.gateways.serving import served
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
 
@@ -327,26 +327,10 @@ async def test_a_task_outlives_its_gateway_and_its_agent(
     """Both are killed in the middle: the next gateway goes on with what was sent; what was streamed has failed."""
     mark = tmp_path / "died"
 
-    @asynccontextmanager
-    async def command() -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "foundation_cli.main", "gateway", "a2a", "--http", "0"),
-            *("-s", nodes.server.url, "-c", "test"),
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            assert process.stderr is not None
-            line = (await asyncio.wait_for(process.stderr.readline(), 20)).decode()
-            found = re.search(r"http://\S+", line)
-            assert found, line
-            yield found[0], process
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await asyncio.wait_for(process.wait(), 10)
-
-    async with command() as (url, process), client_of(url, streaming=True) as client:
+    async with (
+        served(nodes, "gateway", "a2a") as (url, process),
+        client_of(url, streaming=True) as client,
+    ):
         stream = client.send_message(SendMessageRequest(message=message("s wait")))
         streamed = (await anext(stream)).task.id
         assert (await anext(stream)).HasField("artifact_update")
@@ -360,7 +344,7 @@ async def test_a_task_outlives_its_gateway_and_its_agent(
     # The agent is at what was streamed until it finds that nobody listens; nobody has to wait for that.
     for worker in nodes.nodes["n1"].workers():
         worker.kill()
-    async with command() as (url, process), client_of(url) as client:
+    async with served(nodes, "gateway", "a2a") as (url, process), client_of(url) as client:
 
         async def done(id: str, state: int) -> Task | None:
             found = await client.get_task(GetTaskRequest(id=id))

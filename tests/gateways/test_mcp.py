@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -22,6 +20,7 @@ from foundation_nats.gateways.web import Web, read_address
 from foundation_nats.testing import TestCluster
 from tests.agents.shelf import make
 from tests.conftest import AGENTS
+from tests.gateways.serving import command, served
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(90)]
 
@@ -58,40 +57,12 @@ async def nodes() -> AsyncIterator[TestCluster]:
         yield running
 
 
-def command(nodes: TestCluster, *arguments: str) -> list[str]:
-    """The command line."""
-    found = ["-m", "foundation_cli.main", "mcp", "-s", nodes.server.url, "-c", "test"]
-    return [*found, *arguments]
-
-
 def over_stdio(nodes: TestCluster, *arguments: str) -> Client:
     """As an assistant has it: the command as a child process."""
     return Client(
-        StdioServerParameters(command=sys.executable, args=command(nodes, *arguments)),
+        StdioServerParameters(command=sys.executable, args=command(nodes, "mcp", *arguments)),
         read_timeout_seconds=30,
     )
-
-
-@asynccontextmanager
-async def served(
-    nodes: TestCluster, *arguments: str
-) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    """The command over HTTP: its URL."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command(nodes, "--http", "0", *arguments),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        assert process.stderr is not None
-        line = (await asyncio.wait_for(process.stderr.readline(), 20)).decode()
-        found = re.search(r"http://\S+(?=;)", line)
-        assert found, line
-        yield found[0], process
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
 async def call(client: Client, name: str, /, **arguments: Any) -> Any:
@@ -191,7 +162,7 @@ async def test_an_assistant_looks_at_a_cluster_over_stdio(nodes: TestCluster) ->
 async def test_an_assistant_operates_a_cluster_over_http(nodes: TestCluster) -> None:
     """With --allow-write: send, ask, deploy, scale, drain; errors say what is known of the outcome."""
     async with (
-        served(nodes, "--allow-write") as (url, process),
+        served(nodes, "mcp", "--allow-write") as (url, process),
         Client(url, read_timeout_seconds=30) as client,
     ):
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
@@ -226,7 +197,7 @@ async def test_an_assistant_operates_a_cluster_over_http(nodes: TestCluster) -> 
         )
         assert "agent" in told
         process.terminate()
-        await asyncio.wait_for(process.wait(), 10)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
 def test_tool_names_are_stable_and_never_the_same() -> None:

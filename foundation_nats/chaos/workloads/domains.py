@@ -26,7 +26,7 @@ class Write(BaseModel):
 
     kind: Literal["write"] = "write"
     key: str
-    value: int
+    value: int | str
 
 
 class Cas(BaseModel):
@@ -34,8 +34,8 @@ class Cas(BaseModel):
 
     kind: Literal["cas"] = "cas"
     key: str
-    expected: int | None
-    value: int
+    expected: int | str | None
+    value: int | str
 
 
 class Append(BaseModel):
@@ -48,7 +48,7 @@ class Append(BaseModel):
 class Cells(BaseModel):
     """The replicated state."""
 
-    values: dict[str, int] = Field(default_factory=dict)
+    values: dict[str, int | str] = Field(default_factory=dict)
     items: list[str] = Field(default_factory=list)
 
 
@@ -109,7 +109,7 @@ class Domains(Workload):
         self, client: Cluster, history: History, stopping: asyncio.Event, number: int
     ) -> None:
         process = f"{self.name}.{number}"
-        seen: dict[str, int | None] = {}
+        seen: dict[str, int | str | None] = {}
         while not stopping.is_set():
             key = f"cell-{self.chance.randrange(self.cells)}"
             f = self.chance.choice(("read", "read", "write", "cas", "append"))
