@@ -25,7 +25,7 @@ from foundation_nats.bus.streams import PubAck
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.cluster.events import Events
 from foundation_nats.control.collision import find_collision
-from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff
+from foundation_nats.control.diff import ChangeKind, DeploymentChange, diff, taken_over
 from foundation_nats.control.rollouts import adopted, succeeding, with_replicas_kept
 from foundation_nats.errors import (
     AlreadyExistsError,
@@ -180,7 +180,8 @@ class Desired:
             changes = [c for c in changes if c.name in only and c.kind is not ChangeKind.REMOVED]
             todo = [c for c in todo if c.name in only]
         began = utc_text()  # the leader acts on each wish as soon as it is there
-        await self._write_all([c.after for c in todo if c.after is not None])
+        wishes = [c.after for c in todo if c.after is not None]
+        await self._write_all([*wishes, *taken_over(changes)])
         for change in changes:
             if change.kind is ChangeKind.REMOVED:
                 await self.delete(change.name)

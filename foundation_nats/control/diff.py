@@ -78,10 +78,10 @@ class Preview:
 
 
 _KEPT = {
-    "name", "revision", "spec", "spec_revision", "rolling", "paused", "rolled_back", "stuck", "history",
+    "name", "manifest", "revision", "spec", "spec_revision", "rolling", "paused", "rolled_back", "stuck", "history",
 }  # fmt: skip
-"""Not wished for, but what has become of wishes."""
-_NO_RESTART = ("replicas", "standalone", "manifest", "update", "autoscale", "tier")
+"""Not wished for, but whose wishes they are, and what has become of them."""
+_NO_RESTART = ("replicas", "standalone", "update", "autoscale", "tier")
 
 
 def _flat(deployment: Deployment) -> dict[str, Any]:
@@ -102,6 +102,18 @@ def changed_fields(before: Deployment, after: Deployment) -> tuple[FieldChange, 
         for name in new
         if old.get(name) != new.get(name)
     )
+
+
+def taken_over(changes: Sequence[DeploymentChange]) -> list[Deployment]:
+    """What is as it was wished already, by another manifest: from now on it is this one's."""
+    return [
+        change.after
+        for change in changes
+        if change.kind is ChangeKind.SAME
+        and change.before is not None
+        and change.after is not None
+        and change.before.manifest != change.after.manifest
+    ]
 
 
 def diff(
