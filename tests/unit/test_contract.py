@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "schemas"
 FULL = """
 version: 1
+name: shop
 cluster: {min_nodes: 3}
 agents:
   - name: counter
@@ -139,7 +140,9 @@ def _accepts(text: str) -> tuple[bool, bool]:
 
 def test_a_manifest_with_every_key_passes() -> None:
     """Every key that the parser knows is in it, so a key added there has to be added here."""
-    agent = YAML(typ="safe").load(FULL)["agents"][0]
+    whole = YAML(typ="safe").load(FULL)
+    agent = whole["agents"][0]
+    assert set(whole) == set(manifest.TOP_KEYS)
     assert set(agent) == {*manifest.AGENT_KEYS, *manifest.SECTIONS}
     assert set(agent["placement"]) == set(manifest.PLACEMENT_KEYS)
     assert _accepts(FULL) == (True, True)
@@ -149,6 +152,7 @@ def test_a_manifest_with_every_key_passes() -> None:
     ("right", "wrong"),
     [
         ("version: 1", "version: 2"),
+        ("name: shop", "name: 7"),
         ("min_nodes: 3", "min_nodes: 0"),
         ("min_nodes: 3", "min_node: 3"),
         ("tier: core", "tier: crore"),

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foundation_nats.control.diff import diff
-from foundation_nats.control.manifest import Manifest, export, load, parse, parse_manifest
+from foundation_nats.control.diff import ChangeKind, diff, taken_over
+from foundation_nats.control.manifest import (
+    Manifest,
+    export,
+    load,
+    load_manifest,
+    parse,
+    parse_manifest,
+)
 from foundation_nats.errors import ManifestError
 from foundation_nats.placement.strategies import STRATEGIES
 from foundation_schemas import (
@@ -222,6 +229,29 @@ def test_aliases_can_not_blow_up() -> None:
     lines += [f"      x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 10)]
     with pytest.raises(ManifestError, match="too much"):
         parse("\n".join(lines))
+
+
+def test_a_manifest_is_told_from_others_by_its_name_or_by_its_file(tmp_path: Path) -> None:
+    """Its deployments carry it; what it prunes is what one of this name has applied."""
+    named = "name: shop\n" + GOOD
+    for text, file, name in ((GOOD, "bank.v2.yaml", "bank.v2"), (named, "bank.yaml", "shop")):
+        path = tmp_path / file
+        path.write_text(text)
+        found = load_manifest(path)
+        assert (found.name, found.owners) == (name, {name})
+        assert {item.manifest for item in found.deployments} == {name}
+        # Also when a program has read them first, and when nothing is left in it.
+        assert Manifest(found.deployments).owners == {name}
+    assert parse_manifest("version: 1\nname: shop\nagents: []").owners == {"shop"}
+    assert parse_manifest(GOOD).owners == {""}
+    assert Manifest([]).owners == {""}
+    with pytest.raises(ManifestError, match="line 1: 'name' is the number 7, not text"):
+        parse("name: 7\n" + GOOD)
+    # That it is another one's from now on is written down, but no change to it.
+    changes = diff({item.name: item for item in parse(GOOD)}, parse(named))
+    assert {change.kind for change in changes} == {ChangeKind.SAME}
+    assert [item.manifest for item in taken_over(changes)] == ["shop", "shop"]
+    assert taken_over(diff({item.name: item for item in parse(named)}, parse(named))) == []
 
 
 def test_a_file_that_is_not_there_is_a_manifest_error(tmp_path: Path) -> None:
