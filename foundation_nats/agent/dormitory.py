@@ -18,8 +18,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from foundation_nats.agent.activation import HIBERNATED, Activation, place_of
+from foundation_nats.agent.activation import HIBERNATED, Activation
 from foundation_nats.agent.loading import load_class
+from foundation_nats.agent.mailbox import place_of
 from foundation_nats.agent.record import decode_record
 from foundation_nats.agent.rewind import is_rewound, stamp
 from foundation_nats.base.clock import monotonic
@@ -53,8 +54,8 @@ class Sleeper:
         self._dormitory = dormitory
         self.id = activation.id
         self.epoch = activation.epoch
-        self.cursor = activation.cursor
-        self.mark = activation.mark
+        self.cursor = activation.mailbox.cursor
+        self.mark = activation.mailbox.mark
         self.route: Route = activation.route
         self.route.handler = self.on_message
         self.waking = False

@@ -19,9 +19,10 @@ from foundation_nats.base.clock import utc_now, utc_text
 from foundation_nats.bus.rpc import encode, to_json
 from foundation_nats.bus.subjects import Subjects
 from foundation_nats.errors import ExpiredError
+from foundation_nats.signaling.burial import words
 from foundation_nats.signaling.envelope import ANSWER, BOX, emitted_id, encode_envelope
 from foundation_nats.signaling.schedules import read_time, timer_headers
-from foundation_schemas import ClusterEvent, Target, TargetKind
+from foundation_schemas import ClusterEvent, DeadLetter, Target, TargetKind
 from foundation_schemas.base import is_name
 
 
@@ -117,3 +118,28 @@ def _event_item(subjects: Subjects, agent: str, emission: Emission, msg_id: str)
         data={"agent": agent, **emission.value},
     )
     return OutboxItem(subjects.event(event.topic, event.what), msg_id, encode(event))
+
+
+def buried(
+    subjects: Subjects,
+    letter: DeadLetter,
+    body: dict[str, Any] | None,
+    *,
+    teller: str,
+    msg_id: str,
+    payload: bytes,
+) -> list[OutboxItem]:
+    """A dead letter, and with it the word to whoever waits for an answer or asked to be told.
+
+    Args:
+        body: the signal that is given up; None: it can't be read.
+        teller: the agent that gives it up.
+        payload: the letter as it fits.
+    """
+    return [
+        OutboxItem(subjects.dead(letter.agent), msg_id, payload),
+        *(
+            OutboxItem(word.subject, word.msg_id, word.payload)
+            for word in words(subjects, body, letter, source=f"agent:{teller}", seed=msg_id)
+        ),
+    ]

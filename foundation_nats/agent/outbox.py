@@ -15,13 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
 
+from foundation_nats.agent.outgoing import Outbox
 from foundation_nats.agent.record import OutboxItem
 from foundation_nats.bus.streams import StreamReader
-
-if TYPE_CHECKING:
-    from foundation_nats.agent.activation import Activation
 
 _SAFE_SHARE = 0.25
 _PAGES_MAX = 400
@@ -37,11 +34,11 @@ def parse_time(text: str) -> datetime:
 async def drop_published(
     reader_of: Callable[[str], StreamReader | None],
     clock: StreamReader,
-    activation: Activation,
+    outbox: Outbox,
     *,
     window_s: float,
 ) -> None:
-    """Drop from the activation's outbox what the streams already hold.
+    """Drop from a recovered *outbox* what the streams already hold.
 
     *reader_of* gives the stream that stores a subject, None where a repeat can't
     be told (a signal for many, which is gone once it is expanded).
@@ -49,18 +46,16 @@ async def drop_published(
     Raises:
         BusTimeoutError, BusUnavailableError: not answered; nothing was dropped.
     """
-    stored_at = activation.recovered_at
+    stored_at = outbox.recovered_at
     info = await clock.info()
     if not stored_at or "ts" not in info:
         return
     age = parse_time(info["ts"]) - parse_time(stored_at)
     if is_repeat_remembered(age.total_seconds(), window_s):
         return
-    items = list(activation.outbox.values())
+    items = list(outbox.items.values())
     for msg_id in await find_stored(reader_of, items, parse_time(stored_at)):
-        item_found = activation.outbox.pop(msg_id, None)
-        if item_found is not None:
-            activation.outbox_bytes -= len(item_found.body)
+        outbox.drop(msg_id)
 
 
 def is_repeat_remembered(age_s: float, window_s: float) -> bool:

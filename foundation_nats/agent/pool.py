@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
 
 from foundation_nats.base.clock import monotonic
 from foundation_nats.base.tasks import TaskScope
@@ -23,23 +24,34 @@ class Runnable(Protocol):
 
     scheduled: bool
 
-    async def run(self, task: asyncio.Task[Any]) -> None:
-        """Do what is ready to be done, in *task*; must not raise."""
+
+T = TypeVar("T", bound=Runnable)
 
 
-class RunnerPool:
-    """Runs activations that have something to do."""
+class RunnerPool(Generic[T]):
+    """Runs activations that have something to do.
 
-    def __init__(self, scope: TaskScope, *, idle_max: int = 16) -> None:
+    Args:
+        run: does what is ready to be done, in the task that it is given; must not raise.
+    """
+
+    def __init__(
+        self,
+        scope: TaskScope,
+        run: Callable[[T, asyncio.Task[Any]], Coroutine[Any, Any, None]],
+        *,
+        idle_max: int = 16,
+    ) -> None:
         self._scope = scope
+        self._run = run
         self._loop = asyncio.get_running_loop()
-        self._ready: deque[Runnable] = deque()
+        self._ready: deque[T] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._idle_max = idle_max
         self._kick_planned = False
         self.runners = 0
 
-    def submit(self, activation: Runnable) -> None:
+    def submit(self, activation: T) -> None:
         """Run *activation* soon; once, however often it is submitted before it runs."""
         if activation.scheduled:
             return
@@ -82,7 +94,7 @@ class RunnerPool:
                     activation.scheduled = False
                     if self._ready:
                         self._plan_kick()
-                    await activation.run(task)
+                    await self._run(activation, task)
                     del activation  # an idle runner shall not keep what it ran last
                     if monotonic() > slice_end:
                         await asyncio.sleep(0)

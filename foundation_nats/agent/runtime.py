@@ -28,6 +28,14 @@ import orjson
 
 from foundation_nats.agent.activation import Activation
 from foundation_nats.agent.agent import Agent
+from foundation_nats.agent.committing import (
+    LedgerKeeper,
+    commit,
+    give_up_publishing,
+    store,
+    store_first_base,
+    stored_as,
+)
 from foundation_nats.agent.context import Context
 from foundation_nats.agent.dormitory import Dormitory
 from foundation_nats.agent.guards import Guards
@@ -42,12 +50,14 @@ from foundation_nats.agent.outbox import (
 )
 from foundation_nats.agent.past import Past
 from foundation_nats.agent.pool import RunnerPool
+from foundation_nats.agent.publishing import publish_head, publish_late, publish_recovered
 from foundation_nats.agent.record import OutboxItem, decode_record, encode_record
 from foundation_nats.agent.replicated import follow
 from foundation_nats.agent.rewind import has_lost_its_clock, is_rewound, just_after, stamp
 from foundation_nats.agent.state import dump_state, first_state, load_state
 from foundation_nats.agent.steps import StepLedger
 from foundation_nats.agent.trace import Trace
+from foundation_nats.agent.turns import take_turn
 from foundation_nats.base.clock import monotonic, utc_text
 from foundation_nats.base.failpoint import failpoint, planted
 from foundation_nats.base.logs import get_logger
@@ -134,7 +144,7 @@ class Runtime:
         self.is_valid = host.validity.is_valid
         self.blackbox = host.blackbox
         self.log = get_logger("agents").bind(worker=host.worker)
-        self.pool = RunnerPool(host.scope)
+        self.pool = RunnerPool(host.scope, take_turn)
         self.state = Bucket(host.bus, host.subjects, "state")
         self._registry = Bucket(host.bus, host.subjects, "agents")
         self.signals = StreamReader(host.bus, host.subjects.signals_stream)
@@ -305,7 +315,9 @@ class Runtime:
 
     def backlog(self) -> int:
         """Signals received and not yet handled."""
-        return sum(item.backlog for item in self._activations.values() if item.queue)
+        return sum(
+            item.mailbox.backlog for item in self._activations.values() if item.mailbox.queue
+        )
 
     def doing(self, agent: str) -> str:
         """The type of the signal in hand; see `Workload.doing`."""
@@ -331,7 +343,7 @@ class Runtime:
     def busiest(self, limit: int) -> BusiestReply:
         """Which agents have most to do; see `node/busiest.py`."""
         counted = [
-            Counted(item.id, item.consumed, item.asked, item.backlog, item.behind)
+            Counted(item.id, item.consumed, item.asked, item.mailbox.backlog, item.mailbox.behind)
             for item in self._activations.values()
         ]
         return self._looks.look(monotonic(), counted, limit)
@@ -339,7 +351,7 @@ class Runtime:
     def consumed(self) -> dict[str, tuple[int, int]]:
         """Committed cursors that moved since the last call, and the signals consumed so far."""
         # A number is worth nothing while the stream may have given it out again.
-        moved = {item for item in self._moved if item.checked}
+        moved = {item for item in self._moved if item.mailbox.checked}
         self._moved = {
             item for item in self._moved - moved if self._activations.get(item.id) is item
         }
@@ -430,7 +442,7 @@ class Runtime:
         for _ in range(_CLAIM_ROUNDS):
             try:
                 activation, payload = self._prepare(record, cls, entry)
-                activation.recovered_at = activation.recovered_at or recovered_at
+                activation.outbox.recovered_at = activation.outbox.recovered_at or recovered_at
                 if payload is not None:
                     await self._write_claim(activation, payload)
                 return activation
@@ -449,7 +461,7 @@ class Runtime:
                 if entry is not None and self._is_my_claim(record, entry):
                     activation, _ = self._prepare(record, cls, entry)
                     activation.revision = entry.revision
-                    activation.recovered_at = activation.recovered_at or recovered_at
+                    activation.outbox.recovered_at = activation.outbox.recovered_at or recovered_at
                     return activation
                 recovered_at = entry.time if entry is not None else ""
         self._report(record.id, record.epoch, AgentStatus.FAILED, "the record could not be claimed")
@@ -517,9 +529,10 @@ class Runtime:
             positions=stored.sensors or None if stored else None,
             past=past,
         )
+        agent.ctx._home = LedgerKeeper(activation)
         if stored is not None and outbox:
             # A claim rewrites the record: what it found in the outbox is as old as before.
-            activation.recovered_at = stored.outbox_since or (entry.time if entry else "")
+            activation.outbox.recovered_at = stored.outbox_since or (entry.time if entry else "")
         attempt = stored.attempt if stored else None
         suspect = None if recovered is None else recovered.sequence
         if suspect is not None and (attempt is None or attempt[0] != suspect):
@@ -533,17 +546,17 @@ class Runtime:
             epoch=record.epoch,
             commit=activation.commit_no,
             writer=self.writer_json,
-            cursor=activation.cursor,
-            mark=activation.mark,
+            cursor=activation.mailbox.cursor,
+            mark=activation.mailbox.mark,
             run=record.spec.run,
             state=activation.state_json,
             salt=activation.salt,
             emitted=activation.emitted,
             outbox=outbox,
             attempt=self.attempts.get(record.id) if attempt is not None else None,
-            outbox_since=activation.recovered_at,
-            skip=activation.skip,
-            ahead=activation.ahead,
+            outbox_since=activation.outbox.recovered_at,
+            skip=activation.mailbox.skip,
+            ahead=activation.mailbox.ahead,
             steps=activation.step_ledger,
             sensors=activation.positions,
             family=agent.ctx._family_kept,
@@ -591,7 +604,7 @@ class Runtime:
             activation.route = self.bus.subscribe(
                 self.subjects.agent(activation.id), activation.on_message
             )
-            activation.store_first_base()
+            store_first_base(activation)
             activation.begin()
         failpoint("claim.after_subscribe")
         late = [item for item in activations if item.outbox]
@@ -610,16 +623,16 @@ class Runtime:
         while activation.failure is None:
             try:
                 await drop_published(
-                    self._reader_of, self.signals, activation, window_s=self._window_s
+                    self._reader_of, self.signals, activation.outbox, window_s=self._window_s
                 )
                 break
             except (BusTimeoutError, BusUnavailableError, NotFoundError):
                 await asyncio.sleep(0.3)
         failpoint("claim.after_outbox")
-        activation.publish_recovered()
+        publish_recovered(activation)
         if not activation.outbox:
-            activation.recovering = False
-        if not activation.outbox and activation.committed_outbox:
+            activation.outbox.recovering = False
+        if not activation.outbox and activation.outbox.committed:
             self.clear_later(activation)
 
     def _reader_of(self, subject: str) -> StreamReader | None:
@@ -666,18 +679,22 @@ class Runtime:
         delay = 0.02
         subject = self.subjects.mailbox(activation.id)
         try:
-            while activation.behind and activation.failure is None and not activation.rewinding:
-                if activation.backlog > self.in_memory_max // 2:
+            while (
+                activation.mailbox.behind
+                and activation.failure is None
+                and not activation.mailbox.rewinding
+            ):
+                if activation.mailbox.backlog > self.in_memory_max // 2:
                     return  # it asks again when it has handled what it holds
                 failpoint("catchup.page")
                 try:
-                    if not activation.checked:
+                    if not activation.mailbox.checked:
                         await self._check(activation)
                         continue
                     era = self._era
-                    room = max(1, self.in_memory_max - activation.backlog)
+                    room = max(1, self.in_memory_max - activation.mailbox.backlog)
                     messages, more = await self.signals.page(
-                        subject, activation.fetched + 1, batch=min(PAGE, room)
+                        subject, activation.mailbox.fetched + 1, batch=min(PAGE, room)
                     )
                     if era != self._era:
                         continue
@@ -692,13 +709,13 @@ class Runtime:
                     # A replica that lags behind what was already seen live; or the
                     # signals heard of were trimmed or discarded meanwhile.
                     last = await self.signals.last_from_leader(subject)
-                    if last is None or last.sequence <= activation.fetched:
-                        activation.seen = activation.fetched
+                    if last is None or last.sequence <= activation.mailbox.fetched:
+                        activation.mailbox.seen = activation.mailbox.fetched
                     await asyncio.sleep(delay)
                     delay = min(delay * 2, 1.0)
         except (BusError, NotFoundError) as error:
             self.log.debug("catch-up left to the sweep", error=str(error))
-            activation.behind = False
+            activation.mailbox.behind = False
             self._sweep_soon()
         finally:
             self._catching_up.discard(activation)
@@ -713,12 +730,12 @@ class Runtime:
         if await self._find_place(activation) is not None:
             activation.rewound()
         elif era == self._era:
-            activation.checked = True
+            activation.mailbox.checked = True
 
     async def _find_place(self, activation: Activation) -> int | None:
         """The sequence behind which all is new; None: the stream did not go back."""
         subject = self.subjects.mailbox(activation.id)
-        cursor, mark = activation.fetched, activation.fetched_mark
+        cursor, mark = activation.mailbox.fetched, activation.mailbox.fetched_mark
         if not mark:
             return None
         info = await self.signals.info()
@@ -748,7 +765,7 @@ class Runtime:
     def report_rewound(self, activation: Activation, before: int) -> None:
         """Its cursor has followed the stream back from *before*."""
         message = (
-            f"The signals of {activation.id} went back from {before} to {activation.cursor}: "
+            f"The signals of {activation.id} went back from {before} to {activation.mailbox.cursor}: "
             "the broker has lost the latest it had acknowledged. What came since is handled."
         )
         self.log.error("stream rewound", agent=activation.id, error=message)
@@ -762,7 +779,7 @@ class Runtime:
                 "agent": activation.id,
                 "stream": self.signals.stream,
                 "before": before,
-                "after": activation.cursor,
+                "after": activation.mailbox.cursor,
             },
         )
         self._host.scope.start(self._announce(event), "announce")
@@ -782,7 +799,7 @@ class Runtime:
     def _uncheck(self) -> None:
         self._era += 1
         for activation in self._activations.values():
-            activation.uncheck()
+            activation.mailbox.uncheck()
 
     def _disturbed(self) -> None:
         self._uncheck()
@@ -814,7 +831,7 @@ class Runtime:
                     self._uncheck()
                     before, times = 0, 0
                 self._stream_is = identity(info)
-                all_checked = all(item.checked for item in self._activations.values())
+                all_checked = all(item.mailbox.checked for item in self._activations.values())
                 if last == before and times >= _SWEEPS and all_checked:
                     continue
                 await self._look_for_unread(list(self._activations.values()))
@@ -828,15 +845,15 @@ class Runtime:
     async def _look_for_unread(self, activations: list[Activation]) -> None:
         by_subject = {self.subjects.mailbox(item.id): item for item in activations}
         era = self._era
-        if all(item.checked for item in activations):
+        if all(item.mailbox.checked for item in activations):
             found = await self.signals.last_of(by_subject)
         else:
             info = await self.signals.info()
             newest = int(info["state"]["last_seq"])
             found = await self.signals.last_of_by_now(by_subject, newest=newest)
             for item in activations:
-                if not item.checked and has_lost_its_clock(
-                    info, cursor=item.fetched, mark=item.fetched_mark
+                if not item.mailbox.checked and has_lost_its_clock(
+                    info, cursor=item.mailbox.fetched, mark=item.mailbox.fetched_mark
                 ):
                     item.fall_behind()  # it looks more closely first
         for subject, activation in by_subject.items():
@@ -853,13 +870,13 @@ class Runtime:
 
     def _compare(self, activation: Activation, last: StoredMessage | None, era: int) -> None:
         """What the last message of its mailbox says to an activation."""
-        if last is not None and last.sequence > activation.fetched:
-            activation.seen = max(activation.seen, last.sequence)
+        if last is not None and last.sequence > activation.mailbox.fetched:
+            activation.mailbox.seen = max(activation.mailbox.seen, last.sequence)
             activation.fall_behind()
-        elif last is not None and stamp(last.time) > (activation.fetched_mark or "~"):
+        elif last is not None and stamp(last.time) > (activation.mailbox.fetched_mark or "~"):
             activation.rewound()
-        elif era == self._era and not activation.behind:
-            activation.checked = True
+        elif era == self._era and not activation.mailbox.behind:
+            activation.mailbox.checked = True
 
     # ---- what activations ask of their runtime ----------------------------------
 
@@ -919,7 +936,7 @@ class Runtime:
         while self._commit_line and self.commits_in_flight < _COMMITS_MAX:
             activation = next(iter(self._commit_line))
             del self._commit_line[activation]
-            activation.commit()
+            commit(activation)
 
     def publish_later(
         self, activation: Activation, subject: str, item: OutboxItem, error: FoundationError
@@ -931,7 +948,7 @@ class Runtime:
             now = monotonic()
             item.refused_since = item.refused_since or now
             if now - item.refused_since >= self._full_patience_s:
-                activation.give_up_publishing(subject, error)
+                give_up_publishing(activation, subject, error)
                 return
             # It may be waiting for itself.
             activation.unchoke()
@@ -952,7 +969,7 @@ class Runtime:
     def publish_again_after(self, delay_s: float, activation: Activation, subject: str) -> None:
         """Try the head of *subject*'s line again in about *delay_s*."""
         asyncio.get_running_loop().call_later(
-            delay_s * random.uniform(0.8, 1.2), activation.publish_again, subject
+            delay_s * random.uniform(0.8, 1.2), publish_head, activation, subject
         )
 
     async def _publish_late(self, activation: Activation, subject: str, item: OutboxItem) -> None:
@@ -966,7 +983,7 @@ class Runtime:
                 found = await find_stored(self._reader_of, [item], since)
             except (BusTimeoutError, BusUnavailableError, NotFoundError):
                 continue
-            activation.publish_late(subject, item, item.msg_id in found)
+            publish_late(activation, subject, item, item.msg_id in found)
             return
 
     def committed(self, activation: Activation) -> None:
@@ -998,14 +1015,14 @@ class Runtime:
                     continue
                 del self._clear[activation]
                 if (
-                    activation.committed_outbox
+                    activation.outbox.committed
                     and not activation.outbox
                     and activation.in_flight is None
                     and activation.failure is None
                     and self._activations.get(activation.id) is activation
                 ):
                     activation.dirty = True
-                    activation.commit()
+                    commit(activation)
 
     def resolve(self, activation: Activation) -> None:
         """Find out what became of the commit in flight."""
@@ -1021,12 +1038,12 @@ class Runtime:
                 verdict = self._judge(activation, entry)
                 if verdict == "stored":
                     assert entry is not None
-                    activation.stored_as(entry.revision)
+                    stored_as(activation, entry.revision)
                     return
                 if verdict == "again":
                     self._resolving.discard(activation)
                     await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-                    activation.store()
+                    store(activation)
                     return
                 activation.fail(
                     FencedError(f"{activation.id} is run by a newer activation.")
@@ -1171,5 +1188,7 @@ def _measured(items: Sequence[Activation], sleeping: int) -> DeploymentMeasure:
         for name, value in item.agent.ctx._gauges.items():
             gauges.setdefault(name, []).append(value)
     return DeploymentMeasure(
-        agents=len(items) + sleeping, backlog=sum(item.backlog for item in items), gauges=gauges
+        agents=len(items) + sleeping,
+        backlog=sum(item.mailbox.backlog for item in items),
+        gauges=gauges,
     )

@@ -26,10 +26,12 @@ import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
+from foundation_nats.agent.activation import Activation
+from foundation_nats.agent.committing import commit
 from foundation_nats.agent.context import Emission, checked_type, freeze
 from foundation_nats.agent.emissions import outbox_items
 from foundation_nats.agent.failing import handler_error
@@ -48,9 +50,6 @@ from foundation_nats.bus.rpc import to_json
 from foundation_nats.errors import ConfigError, PayloadTooLargeError, SensorError
 from foundation_nats.signaling.envelope import emitted_id, encode_envelope
 from foundation_schemas import Target, TargetKind
-
-if TYPE_CHECKING:
-    from foundation_nats.agent.activation import Activation
 
 EXIT = "foundation.sensor.exit"
 """The type of the signal to an agent whose sensor has ended or keeps failing."""
@@ -370,7 +369,7 @@ class SensorHost:
         if error is not None:
             message = f"Sensor {sensor.name} of {activation.id} fails again and again: {said[:500]}"
             emissions.append(Emission(me, message, freeze(data), event="sensor_failed"))
-        if activation._handlings.of(EXIT):
+        if activation.handlings.of(EXIT):
             emissions.append(Emission(me, EXIT, freeze(data)))
         self._counter += 1
         for item in outbox_items(
@@ -490,9 +489,8 @@ class SensorHost:
             return
         for pending in batch:
             item = pending.item
-            if item is not None and item.msg_id not in activation.outbox:
-                activation.outbox[item.msg_id] = item
-                activation.outbox_bytes += len(item.body)
+            if item is not None and item.msg_id not in activation.outbox.items:
+                activation.outbox.add(item)
                 activation.emitted += 1
             if pending.position is not KEEP:
                 if activation.positions is None:
@@ -507,7 +505,7 @@ class SensorHost:
         activation = self._activation
         wanted = activation.commit_no + bool(activation.agent.durable)
         activation.dirty = True
-        activation.commit()
+        commit(activation)
         while activation.failure is None and not self._is_stored(wanted):
             await activation.runtime.next_commit(activation)
 
@@ -525,7 +523,7 @@ class SensorHost:
             return True
         return (
             len(activation.outbox) + count <= runtime.outbox_max // 2
-            and activation.outbox_bytes + size <= runtime.outbox_max_bytes // 2
+            and activation.outbox.size + size <= runtime.outbox_max_bytes // 2
         )
 
 
