@@ -311,7 +311,7 @@ class Activation:
         """Drop live copies from now on and read the stream instead."""
         if not self.mailbox.behind:
             self.mailbox.behind = True
-            self.runtime.catch_up(self)
+            self.runtime.mailboxes.catch_up(self)
 
     def take_page(self, messages: list[StoredMessage], more: bool) -> bool:
         """Take what the stream holds beyond what was taken in; True when caught up."""
@@ -418,7 +418,7 @@ class Activation:
         self.awaiting = []
         if self.in_flight is not None:
             self.in_flight = None
-            self.runtime.commits_in_flight -= 1
+            self.runtime.commits.in_flight -= 1
         self.refuse_queued()
         self.runtime.failed(self, error)
-        self.runtime.commit_next()
+        self.runtime.commits.commit_next()

@@ -5,7 +5,7 @@ outbox. While one is in flight further signals are handled, and the next commit 
 all. Replies and emitted signals leave only after the commit that holds their cause.
 
 After a commit whose outcome is unknown nothing is guessed: the record is read from the
-leader and its writer compared (`Runtime.resolve`), which ends in `stored_as`, in `store`
+leader and its writer compared (`Commits.resolve`), which ends in `stored_as`, in `store`
 once more, or in the end of the activation.
 """
 
@@ -41,7 +41,7 @@ def commit(activation: Activation) -> None:
     if not activation.agent.durable:
         _commit_nothing(activation)
         return
-    if not activation.runtime.may_commit(activation):
+    if not activation.runtime.commits.may_commit(activation):
         return
     failpoint("commit.before_cas")
     mailbox, outbox = activation.mailbox, activation.outbox
@@ -109,7 +109,7 @@ def store(activation: Activation) -> None:
     except PayloadTooLargeError as error:
         activation.fail(StateTooLargeError(f"The record of {activation.id} does not fit: {error}"))
     except BusError:
-        activation.runtime.resolve(activation)
+        activation.runtime.commits.resolve(activation)
 
 
 def _on_stored(activation: Activation, ack: PubAck | FoundationError) -> None:
@@ -118,14 +118,14 @@ def _on_stored(activation: Activation, ack: PubAck | FoundationError) -> None:
     if isinstance(ack, PubAck):
         stored_as(activation, ack.sequence)
     else:
-        activation.runtime.resolve(activation)
+        activation.runtime.commits.resolve(activation)
 
 
 def stored_as(activation: Activation, revision: int) -> None:
     """The commit in flight is stored: let its replies and emitted signals go."""
     assert activation.in_flight is not None
     stored, activation.in_flight = activation.in_flight, None
-    activation.runtime.commits_in_flight -= 1
+    activation.runtime.commits.in_flight -= 1
     activation.revision = revision
     activation.committed_cursor = stored.cursor
     activation.outbox.committed = len(stored.items)
@@ -142,9 +142,9 @@ def stored_as(activation: Activation, revision: int) -> None:
     if activation.dirty:
         commit(activation)
     if activation.in_flight is None and not activation.outbox and activation.outbox.committed:
-        activation.runtime.clear_later(activation)
-    activation.runtime.committed(activation)
-    activation.runtime.commit_next()
+        activation.runtime.commits.clear_later(activation)
+    activation.runtime.commits.committed(activation)
+    activation.runtime.commits.commit_next()
     activation.resume()
 
 
@@ -205,7 +205,7 @@ async def wait_committed(activation: Activation) -> None:
         if activation.failure is not None:
             raise Abandoned
         commit(activation)
-        await activation.runtime.next_commit(activation)
+        await activation.runtime.commits.next_commit(activation)
 
 
 def give_up_publishing(activation: Activation, subject: str, error: FoundationError) -> None:

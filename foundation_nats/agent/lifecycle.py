@@ -82,7 +82,7 @@ async def _get_ready(activation: Activation) -> None:
 async def follow_stream(activation: Activation) -> None:
     """Commit the cursor just before the first signal that is new, and read on from there."""
     await wait_committed(activation)
-    place = await activation.runtime.find_place(activation)
+    place = await activation.runtime.mailboxes.find_place(activation)
     mailbox = activation.mailbox
     before = mailbox.cursor
     if place is not None and place < before:
@@ -96,7 +96,7 @@ async def follow_stream(activation: Activation) -> None:
         activation.dirty = True
         commit(activation)
         await wait_committed(activation)
-        activation.runtime.report_rewound(activation, before)
+        activation.runtime.mailboxes.report_rewound(activation, before)
     mailbox.seen = 0
     mailbox.rewinding = False
 
@@ -121,7 +121,7 @@ async def fall_asleep(activation: Activation) -> bool:
         async with asyncio.timeout(activation.runtime.stop_timeout_s):
             await wait_committed(activation)
             while activation.outbox:
-                await activation.runtime.next_commit(activation)
+                await activation.runtime.commits.next_commit(activation)
             if activation.outbox.committed:
                 activation.dirty = True
                 await wait_committed(activation)
@@ -172,7 +172,7 @@ async def finish(activation: Activation) -> None:
         async with asyncio.timeout(activation.runtime.stop_timeout_s):
             await wait_committed(activation)
             while activation.outbox:
-                await activation.runtime.next_commit(activation)
+                await activation.runtime.commits.next_commit(activation)
             if (
                 activation.outbox.committed
                 and activation.agent.durable

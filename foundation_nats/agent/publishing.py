@@ -42,7 +42,7 @@ def publish_head(activation: Activation, subject: str) -> None:
     runtime = activation.runtime
     if not runtime.is_valid():
         # Perhaps replaced long ago: then the successor publishes it, from the record.
-        runtime.publish_again_after(_NOT_VALID_S, activation, subject)
+        runtime.post.publish_again_after(_NOT_VALID_S, activation, subject)
         return
 
     def on_ack(ack: PubAck | FoundationError) -> None:
@@ -50,9 +50,9 @@ def publish_head(activation: Activation, subject: str) -> None:
             failpoint("outbox.mid")
             _acknowledged(activation, subject, item)
         else:
-            runtime.publish_later(activation, subject, item, ack)
+            runtime.post.publish_later(activation, subject, item, ack)
 
-    runtime.append(subject, item, on_ack)
+    runtime.post.append(subject, item, on_ack)
 
 
 def publish_late(activation: Activation, subject: str, item: OutboxItem, is_stored: bool) -> None:
@@ -74,8 +74,8 @@ def _acknowledged(activation: Activation, subject: str, item: OutboxItem) -> Non
         return
     if outbox.is_all_out():
         failpoint("outbox.after")
-        activation.runtime.committed(activation)
+        activation.runtime.commits.committed(activation)
         if outbox.committed and activation.agent.durable:
-            activation.runtime.clear_later(activation)
+            activation.runtime.commits.clear_later(activation)
     if activation.stopping is not None or activation.mailbox.queue:
         activation.resume()

@@ -92,7 +92,7 @@ async def take_turn(activation: Activation, task: asyncio.Task[Any]) -> None:
     if activation.stopping is not None:
         await finish(activation)
     elif mailbox.behind and mailbox.backlog <= runtime.in_memory_max // 2:
-        runtime.catch_up(activation)
+        runtime.mailboxes.catch_up(activation)
 
 
 def _must_rest(activation: Activation, item: Item) -> bool:

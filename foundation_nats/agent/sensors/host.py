@@ -243,7 +243,7 @@ class SensorHost:
         while not self._is_stored(wanted):
             if activation.failure is not None:
                 return
-            await activation.runtime.next_commit(activation)
+            await activation.runtime.commits.next_commit(activation)
         for order in orders:
             self._carry_out(order)
 
@@ -507,7 +507,7 @@ class SensorHost:
         activation.dirty = True
         commit(activation)
         while activation.failure is None and not self._is_stored(wanted):
-            await activation.runtime.next_commit(activation)
+            await activation.runtime.commits.next_commit(activation)
 
     def _is_stored(self, commit: int) -> bool:
         """Whether the commit of this number is."""
