@@ -15,23 +15,26 @@ Which move stands for what (functions of `foundation_nats`):
 
 =======================================  ==========================================================
 client sends n [, the receipt is lost]   signaling/publisher.py `Publisher.store`
-An takes the live copy; sees a gap       agent/activation.py `Activation._on_live`, `take_page`,
-                                         agent/runtime.py `Runtime._catch_up`
+An takes the live copy; sees a gap       agent/mailbox.py `Mailbox.hear`, `take_page`,
+                                         agent/mailboxes.py `Mailboxes._catch_up`
 the live copy is lost                    a republish is at most once
-An sweeps                                `Runtime._sweep_loop`, `_look_for_unread`
-An handles n                             `Activation._handle_stored`, `_effects`, `_advance`
-An sends a commit                        `Activation.commit`, `store` (several signals in one commit,
-                                         others handled meanwhile); also `Runtime._clear_loop`
-the commit of An is stored, refused …    `Activation._on_stored`, `stored_as`; the server's
+An sweeps                                `Mailboxes._sweep_loop`, `look_for_unread`
+An handles n                             agent/delivering.py `deliver`, `_advance`,
+                                         agent/effects.py `keep_effects`
+An sends a commit                        agent/committing.py `commit`, `store` (several signals in one
+                                         commit, others handled meanwhile); also agent/commits.py
+                                         `Commits._clear_loop`
+the commit of An is stored, refused …    agent/committing.py `_on_stored`, `stored_as`; the server's
                                          compare-and-set (bus/kv.py `Bucket.replace_nowait`)
-An reads the record: …                   `Runtime._resolve`, `_judge`
-An publishes n                           `Activation._publish_head`, `Runtime.append`
-An compares its recovered outbox         `Runtime._recover_outbox`, agent/outbox.py `drop_published`,
-                                         `Activation.publish_recovered`
+An reads the record: …                   `Commits._resolve`, `_judge`
+An publishes n                           agent/publishing.py `publish_head`, agent/post.py `Post.append`
+An compares its recovered outbox         `Post._recover`, agent/outbox.py `drop_published`,
+                                         agent/publishing.py `publish_recovered`
 epoch n is assigned                      control/planner.py (failover), node/host.py `_reclaim_lost`
-An reads the record to claim it          `Runtime._claim`, `_prepare`, `_is_my_claim`
-An claims                                `Runtime._write_claim`, `_take_over`
-An answers an ask                        `Activation._on_ask`, `_handle_ask`, cluster/validity.py
+An reads the record to claim it          agent/claiming.py `Claims._claim`, `prepare`, `_is_my_claim`
+An claims                                `Claims._write_claim`, agent/runtime.py `Runtime._take_over`
+An answers an ask                        agent/activation.py `Activation._on_ask`, agent/asking.py
+                                         `answer_question`, cluster/validity.py
 the mailbox is trimmed                   node/trimmer.py `Trimmer._trim`, `Runtime.consumed`
 the duplicate window passes              ``duplicate_window`` of SIGNALS; consumed signals are kept
                                          as evidence (`trim_min_age_s`)
