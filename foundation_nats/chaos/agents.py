@@ -214,9 +214,11 @@ class Alarm(Agent):
     """Is rung by timers that clients set, and by those that it sets itself."""
 
     class State(Stored):
-        """What was set here; what rang, and when on this machine's clock; the ids of ticks."""
+        """What was set here, and how far the wall clock was ahead of the monotonic one then; what
+        rang, and when on this machine's monotonic clock; the ids of ticks."""
 
         set: list[str] = Field(default_factory=list)
+        clocks: dict[str, float] = Field(default_factory=dict)
         rung: list[tuple[str, int]] = Field(default_factory=list)
         ticks: list[str] = Field(default_factory=list)
 
@@ -225,6 +227,7 @@ class Alarm(Agent):
         """Set a timer, in the same commit as the note of it."""
         key, after = signal.data.key, signal.data.after
         self.state.set.append(key)
+        self.state.clocks[key] = self.ctx.now().timestamp() - monotonic()
         name = key.replace(".", "-")
         self.ctx.schedule("alarm.ring", {"key": key, "after": after}, after=after, name=name)
 

@@ -78,6 +78,44 @@ def test_planted_timers_are_found(change: dict[str, Any], says: str) -> None:
     assert only.startswith(says)
 
 
+def test_a_timer_that_was_set_by_a_clock_that_was_behind_may_ring_earlier() -> None:
+    """By as much as it was behind, and only what was set there."""
+    history, found = timers()
+    for operation in history.operations:
+        operation.by = {"after_s": 1.0, "clock_s": 1000.0}
+    state = found["states"]["alarm-0"]
+    state["rung"] = [["s", _S], ["a", _S // 4]]
+    (only,) = told("timers", history, found)
+    assert "by a 750 ms before its time" in only
+    state["clocks"] = {"a": 999.2}
+    assert told("timers", history, found) == []
+    state["clocks"] = {"a": 999.8}
+    (only,) = told("timers", history, found)
+    assert "by a 550 ms before its time" in only
+    state["clocks"] = {"a": 4600.0}
+    (only,) = told("timers", history, found)
+    assert "by a 750 ms before its time" in only
+
+
+def test_a_timer_that_was_set_by_a_clock_that_was_ahead_is_not_waited_for() -> None:
+    """It may ring in an hour, but it must be set, and ring once."""
+    history, found = timers()
+    for operation in history.operations:
+        operation.by = {"after_s": 1.0, "clock_s": 1000.0}
+    state = found["states"]["alarm-0"]
+    state["rung"] = [["s", _S]]
+    (only,) = told("timers", history, found)
+    assert only.startswith("lost: alarm-0 rung never applied a")
+    state["clocks"] = {"a": 4600.0}
+    assert told("timers", history, found) == []
+    state["rung"] = [["s", _S], ["a", _S], ["a", _S]]
+    (only,) = told("timers", history, found)
+    assert only.startswith("repeated: alarm-0 rung applied a 2")
+    state["rung"], state["set"] = [["s", _S]], []
+    (only,) = told("timers", history, found)
+    assert only.startswith("lost: alarm-0 set never applied a")
+
+
 # ---- steps ------------------------------------------------------------------------
 
 

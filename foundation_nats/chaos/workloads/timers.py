@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from foundation_nats import Cluster
+from foundation_nats.base.clock import monotonic, utc_now
 from foundation_nats.chaos.checkers import Judgement, check_effects
-from foundation_nats.chaos.history import History
+from foundation_nats.chaos.history import History, Operation
 from foundation_nats.chaos.observer import Seen
 from foundation_nats.chaos.workloads.base import (
     SEND_TIMEOUT_S,
@@ -24,7 +26,9 @@ from foundation_nats.errors import FoundationError, SignalNotFoundError
 
 _AGAIN_S = 0.05
 _LATER_S = (0.2, 4.0)
-_EARLY_NS = 50_000_000
+_LATE_S = 1.0
+"""What was set by a clock that was further ahead is not waited for."""
+_EARLY_MS = 50
 """A firing so much too early may be one that waited for the reading of two clocks."""
 
 
@@ -82,7 +86,8 @@ class Timers(Workload):
             key = f"{process}.{count}"
             after = self.chance.uniform(*_LATER_S)
             operation = history.invoke(process, verb, f"{alarm}/{verb}", key)
-            operation.by = {"after_s": after}
+            # No clock of a client is moved: by this one it is told which agents' clocks were.
+            operation.by = {"after_s": after, "clock_s": utc_now().timestamp() - monotonic()}
             while True:
                 try:
                     data = {"key": key, "after": after}
@@ -124,6 +129,8 @@ class Timers(Workload):
         for operation in self.mine(history):
             alarm = operation.key.partition("/")[0]
             if operation.outcome == "ok" and operation.value not in done[alarm]:
+                if ahead_s(operation, found[alarm]) > _LATE_S:
+                    continue
                 return f"{alarm} was not rung by {operation.value}"
         return None
 
@@ -141,30 +148,54 @@ class Timers(Workload):
             applied[f"{alarm} rung"] = [key for key, _ in state.get("rung", ())]
             receivers[f"{alarm}/schedule"] = [f"{alarm} rung"]
             receivers[f"{alarm}/set"] = [f"{alarm} set", f"{alarm} rung"]
+            receivers[f"{alarm}/set late"] = [f"{alarm} set"]
+            receivers[f"{alarm}/rung late"] = [f"{alarm} rung"]
         dead: dict[str, list[str]] = {}
         for alarm, keys in found["dead"].items():
             dead[f"{alarm} rung"] = keys
             # What was set, and is dead all the same, died when it rang.
             dead[f"{alarm} set"] = [key for key in keys if key not in applied[f"{alarm} set"]]
+        rest: list[Operation] = []
+        for item in mine:
+            alarm = item.key.partition("/")[0]
+            if ahead_s(item, found["states"][alarm]) > _LATE_S:
+                # Set it was, by a clock that was ahead: it may ring in an hour.
+                rest.append(replace(item, key=f"{alarm}/set late"))
+                rest.append(replace(item, key=f"{alarm}/rung late", outcome="unknown"))
+            else:
+                rest.append(item)
         return [
-            check_effects(mine, applied, receivers, dead=dead),
+            check_effects(rest, applied, receivers, dead=dead),
             check_moments(found["states"], mine),
         ]
 
 
+def ahead_s(operation: Operation, state: Mapping[str, Any]) -> float:
+    """By how much the agent's clock was ahead of the client's when it set the timer; 0: it didn't, or nobody noted it."""
+    clock = state.get("clocks", {}).get(operation.value)
+    if clock is None or operation.by is None or "clock_s" not in operation.by:
+        return 0.0
+    return float(clock - operation.by["clock_s"])
+
+
 def check_moments(found: Mapping[str, Any], operations: Sequence[Any]) -> Judgement:
-    """No ring before its time, reckoned from when it was asked for, and no tick twice."""
+    """No ring before its time, reckoned from when it was asked for, and no tick twice.
+
+    What an agent sets is due by its own clock; if that was behind, so much earlier.
+    """
     judgement = Judgement("moments", 2)
     due = {
         item.value: item.invoked_ns + int(item.by["after_s"] * 1e9)
         for item in operations
         if item.by is not None
     }
+    by_key = {item.value: item for item in operations}
     for alarm, state in found.items():
         for key, at in state.get("rung", ()):
             judgement.looked_at += 1
-            if key in due and at < due[key] - _EARLY_NS:
-                early = (due[key] - at) / 1e6
+            ahead = ahead_s(by_key[key], state) if key in by_key else 0.0
+            early = (due.get(key, at) - at) / 1e6 + min(0.0, ahead * 1e3)
+            if early > _EARLY_MS:
                 judgement.violated(f"{alarm} was rung by {key} {early:.0f} ms before its time")
         for tick, count in Counter(state.get("ticks", ())).items():
             judgement.looked_at += 1
