@@ -51,6 +51,7 @@ from foundation_nats.cluster.probing import Prober, answer_ping, give_opinion
 from foundation_nats.cluster.records import (
     LEADERLESS_S,
     RECORD_EVERY_S,
+    SILENT_S,
     OwnRecord,
     write_end,
 )
@@ -211,7 +212,7 @@ class Membership:
         """
         if self._own is None:
             raise ValueError("an observer has no record to join with")
-        async with asyncio.timeout(timeout + LEADERLESS_S):
+        async with asyncio.timeout(timeout + LEADERLESS_S + SILENT_S):
             await self._own.begin()
         self._is_member = True
         self._see_self()

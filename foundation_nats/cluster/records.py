@@ -39,6 +39,8 @@ SEALED_TTL_S = 3600.0
 """How long it is written down that a life is over: longer than anything stays frozen."""
 LEADERLESS_S = 6.0
 """How long a node that joins waits for the stream of `nodes` to have a leader."""
+SILENT_S = RECORD_TTL_S + 5.0
+"""How long a node that joins waits for one of its name that is connected and silent to be over."""
 _JOIN_PINGS = 3
 _JOIN_PAUSE_S = 0.2
 _JOIN_PING_TIMEOUT_S = 1.0
@@ -85,20 +87,41 @@ class OwnRecord:
     async def begin(self) -> None:
         """Choose a life that is newer than any of this name, and write it.
 
+        A process of this name that is connected and silent may be frozen, or its machine has
+        lost its power and the server doesn't know yet. Its name is free once its life was
+        declared over, or its record has expired, which it would have refreshed; till then this waits.
+
         Raises:
             NodeNameTakenError: a node of this name lives.
             BusTimeoutError, BusUnavailableError: the bucket could not be used.
         """
         name = self.now.name
-        until = monotonic() + LEADERLESS_S
+        began = monotonic()
         attempts = 0
+        has_warned = False
         while True:
             entry = await self._bucket.read(name)
             previous = 0
             if entry is not None and entry.value is not None:
                 previous = incarnation_of(entry)
                 self._remember_short_lives(entry)
-            await _refuse_duplicate(self._bus, self._subjects, name, has_record=previous > 0)
+            is_silent = await _is_silent(self._bus, self._subjects, name, has_record=previous > 0)
+            if is_silent and previous and not _has_ended(entry):
+                if monotonic() - began >= SILENT_S:
+                    raise NodeNameTakenError(
+                        f"A node named {name!r} lives, but does not answer.",
+                        hint="End that process, or give this node another name with --name.",
+                        node=name,
+                    )
+                if not has_warned:
+                    has_warned = True
+                    self._log.warning(
+                        "a node of this name is connected and silent; waiting until it is over",
+                        node=name,
+                        at_most_s=SILENT_S,
+                    )
+                await asyncio.sleep(_JOIN_PAUSE_S)
+                continue
             try:
                 await self._write(
                     max(previous + 1, wall_ms()), 0 if entry is None else entry.revision
@@ -114,7 +137,7 @@ class OwnRecord:
                     ) from None
             except BusUnavailableError:
                 # Copies that were just made, or have lost a server, elect their leader first.
-                if monotonic() >= until:
+                if monotonic() - began >= LEADERLESS_S:
                     raise
                 await asyncio.sleep(_JOIN_PAUSE_S)
 
@@ -250,7 +273,22 @@ def incarnation_of(entry: Entry) -> int:
         return 1
 
 
-async def _refuse_duplicate(bus: Bus, subjects: Subjects, name: str, *, has_record: bool) -> None:
+def _has_ended(entry: Entry | None) -> bool:
+    """Whether the stored life was declared over."""
+    if entry is None or entry.value is None:
+        return False
+    try:
+        return decode(NodeRecord, entry.value).ended
+    except DecodeError:
+        return False
+
+
+async def _is_silent(bus: Bus, subjects: Subjects, name: str, *, has_record: bool) -> bool:
+    """Whether somebody of this name is connected and does not answer.
+
+    Raises:
+        NodeNameTakenError: it answers.
+    """
     subject = subjects.control_node(name, "ping")
     for attempt in range(_JOIN_PINGS if has_record else 1):
         if attempt:
@@ -259,14 +297,11 @@ async def _refuse_duplicate(bus: Bus, subjects: Subjects, name: str, *, has_reco
             pong = await call(bus, subject, None, Pong, timeout=_JOIN_PING_TIMEOUT_S)
         except NoRespondersError:
             continue
-        except BusTimeoutError as error:
-            raise NodeNameTakenError(
-                f"A node named {name!r} is connected but does not answer; it may be frozen.",
-                hint="End that process, or give this node another name with --name.",
-                node=name,
-            ) from error
+        except BusTimeoutError:
+            return True
         raise NodeNameTakenError(
             f"A node named {name!r} is running (incarnation {pong.incarnation}).",
             hint="Give this node another name with --name, or stop the other one.",
             node=name,
         )
+    return False

@@ -95,6 +95,55 @@ async def test_a_frozen_node_is_fenced_and_drops_its_copies(leads: bool) -> None
             ), f"{id}: the zombie's write was accepted"
 
 
+async def _a_successor_of_the_name(count: int) -> None:
+    """Freeze a node, start another process of its name, thaw the first: it ends, nothing is doubled."""
+    async with TestCluster(nodes=count, workers=1, path=[str(AGENTS)], settings=QUICK) as nodes:
+        cluster = nodes.client
+        await workload.deploy(nodes)
+        epochs = workload.EpochWatch()
+        await epochs.open(cluster)
+        load = workload.Load(cluster)
+        load.start()
+        await eventually(lambda: load.receipts > 100, message="load flows")
+        old = nodes.nodes["n1"]
+        incarnation = (await cluster.nodes.get("n1")).incarnation
+        assert await cluster.agents.list(node="n1"), "void: the victim hosts nothing"
+        old.pause()
+        try:
+            new = nodes.start_node("n1")
+
+            async def joined() -> bool:
+                assert new.is_running, new.said()
+                node = await cluster.nodes.get("n1")
+                return node.status == "up" and node.incarnation > incarnation
+
+            await eventually(joined, timeout=90, message="the new process has the name")
+            before = load.receipts
+            await eventually(
+                lambda: load.receipts > before + 100, timeout=60, message="load goes on"
+            )
+            old.resume()
+            assert await old.wait() != 0
+        finally:
+            old.kill_all()
+        history = await load.stop()
+        await workload.verdict(nodes, history)
+        await workload.everyone_runs_once(nodes)
+        epochs.check()
+        assert new.is_running
+
+
+async def test_a_node_may_start_though_one_of_its_name_is_frozen() -> None:
+    """Once the others have declared that one over; a machine that lost its power looks the same."""
+    await _a_successor_of_the_name(3)
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_a_node_may_start_though_one_of_its_name_is_frozen_and_nobody_else_is_there() -> None:
+    """Nobody can declare it over: its record expires, which it would have refreshed."""
+    await _a_successor_of_the_name(1)
+
+
 async def test_a_frozen_worker_is_killed_and_its_agents_recovered() -> None:
     """SIGSTOP of a worker alone: its manager notices, kills it, and re-claims its agents."""
     settings = {"worker": {"hang_after_s": 1.5}}
