@@ -79,7 +79,8 @@ async def test_a_deploy_without_nodes_says_in_which_phase_it_waits_and_is_fulfil
 async def test_a_leader_that_is_killed_half_way_is_succeeded_by_one_that_finishes() -> None:
     """SIGKILL of the leading node once a part of some hundred agents runs; the deploy waits on."""
     many = 1500
-    async with TestCluster(nodes=3, path=[str(AGENTS)]) as nodes:
+    slow = {"FOUNDATION_FAILPOINTS": "plan.mid_execute=sleep(0.5)"}  # or it is over before we look
+    async with TestCluster(nodes=3, path=[str(AGENTS)], environment=slow) as nodes:
         leader = await nodes.leader()
         killed_at: list[int] = []
 
