@@ -340,7 +340,8 @@ async def _try(context: Context, order: Order, *, is_wanted: bool) -> str | None
         link = ParentLink.model_validate({**order.wish, "order": order.order})
         return await nursery.adopt(order.id, link)
     spec = order.wish["spec"]
-    spec = {**spec, "parent": {**spec["parent"], "order": order.order}}
+    signal = "" if context.signal is None else context.signal.id
+    spec = {**spec, "parent": {**spec["parent"], "order": order.order, "signal": signal}}
     return await nursery.start(Deployment.model_validate({**order.wish, "spec": spec}))
 
 

@@ -48,6 +48,7 @@ from foundation_nats.errors import (
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 TOMBSTONE_TTL = "3600s"
+_MARK = "Fnd-Mark"
 _HEARTBEAT_S = 1.0
 _DEAF_AFTER_S = 3.5
 
@@ -61,6 +62,8 @@ class Entry:
     revision: int
     time: str = ""
     """The server's time of the write, RFC 3339; empty where it was not asked for."""
+    mark: str = ""
+    """What whoever deleted it left there; empty: nothing, or it is not deleted."""
 
 
 def _is_marker(headers: Mapping[str, str]) -> bool:
@@ -88,6 +91,7 @@ class Bucket:
             None if gone else message.data,
             message.sequence,
             message.time,
+            message.headers.get(_MARK, "") if gone else "",
         )
 
     async def read(self, key: str) -> Entry | None:
@@ -178,8 +182,11 @@ class Bucket:
         headers = {} if ttl_s is None else {"Nats-TTL": f"{max(1.0, ttl_s):g}s"}
         return (await append(self._bus, self.subject(key), value, headers=headers)).sequence
 
-    async def delete(self, key: str, *, expected: int | None = None) -> None:
+    async def delete(self, key: str, *, expected: int | None = None, mark: str = "") -> None:
         """Delete a key, if it is still at revision *expected* where that is given.
+
+        *mark* can be read in its place (`Entry.mark`), until it is written again or the
+        tombstone expires.
 
         Raises:
             StaleRevisionError: it has changed.
@@ -188,6 +195,8 @@ class Bucket:
         headers = {"KV-Operation": "DEL", "Nats-TTL": TOMBSTONE_TTL}
         if expected is not None:
             headers[EXPECTED] = str(expected)
+        if mark:
+            headers[_MARK] = mark
         await append(self._bus, self.subject(key), b"", headers=headers)
 
     def watch(self, scope: TaskScope, on_entry: Callable[[Entry], None], keys: str = ">") -> Watch:

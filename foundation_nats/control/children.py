@@ -1,7 +1,9 @@
 """Wishes for children, written by the worker that runs their parent.
 
 IO: compare-and-set writes of the bucket ``desired``. Each function does what one order of the
-parent says, however often it is called: the wish names the order that made it.
+parent says, however often it is called: the wish names the order that made it, and what is left of
+a wish that was deleted does, too. A child may have come and gone before its parent, which has died
+meanwhile, carries out the same order once more.
 
 A parent that was replaced must not change what its successor has ordered. So *may_write* is asked
 between the reading and the conditional write: an activation that may still write then is the newest
@@ -43,6 +45,8 @@ async def wish_child(
         entry = await bucket.read(wish.name)
         known = _wish(entry)
         if known is None:
+            if entry is not None and entry.mark and entry.mark == link.signal:
+                return None  # it was there, and has ended; the parent will hear of it
             after = wish
         else:
             theirs = known.spec.parent

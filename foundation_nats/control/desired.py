@@ -319,7 +319,7 @@ class Desired:
         raise ConflictError(f"{name} is being changed by others.", hint="Try again.")
 
     async def withdraw(self, wish: Deployment) -> None:
-        """Delete the wish of a child that has ended, if it is still this one.
+        """Delete the wish of a child that has ended, if it is still this one, and say whose it was.
 
         Raises:
             BusTimeoutError, BusUnavailableError: it may be there still.
@@ -328,7 +328,9 @@ class Desired:
         if known is None or known.deployment != wish:
             return
         with contextlib.suppress(StaleRevisionError):
-            await self.bucket.delete(wish.name, expected=known.revision)
+            parent = wish.spec.parent
+            mark = "" if parent is None else parent.signal
+            await self.bucket.delete(wish.name, expected=known.revision, mark=mark)
         await self._read(wish.name)
 
     async def _read(self, name: str) -> None:

@@ -74,6 +74,8 @@ class ParentLink(WireModel):
     """What the parent calls it."""
     order: int
     """Which of the parent's orders started it: one tag may be used again."""
+    signal: str = ""
+    """The id of the signal that carried that order: unlike its number never used again."""
     on_death: OnParentDeath = OnParentDeath.STOP
     local: bool = False
     """It runs where its parent runs."""

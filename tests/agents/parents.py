@@ -45,6 +45,22 @@ class Kid(Agent):
         self.state.orphaned.append(signal.data.parent)
 
 
+class Errand(Agent):
+    """Ends as soon as it has begun."""
+
+    restart = "transient"
+
+    class State(State):
+        """How often it has begun."""
+
+        starts: int = 0
+
+    async def on_start(self, recovered_from: RecoveredFrom | None) -> None:
+        """And done."""
+        self.state.starts += 1
+        self.ctx.stop("done")
+
+
 class Boss(Agent):
     """Has children as it is told, and writes down what it hears of them."""
 
@@ -58,6 +74,11 @@ class Boss(Agent):
     async def have(self, signal: Signal[dict[str, Any]]) -> str:
         """One child more."""
         return self.ctx.spawn(Kid, **signal.data)
+
+    @on("send_out")
+    async def send_out(self, signal: Signal[str]) -> str:
+        """One child for a moment."""
+        return self.ctx.spawn(Errand, tag=signal.data, restart="transient")
 
     @on("end")
     async def end(self, signal: Signal[str]) -> bool:

@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SEEDS = {
     "a signal for many was copied twice after its acknowledgement was lost": ("--seed", "1003"),
-    "a burial was not stored before the next signal; a deaf manager killed its workers": (
+    "a burial was not stored before the next signal; a deaf manager killed its workers; a child "
+    "that had come and gone was had again by a parent that was recovered": (
         "--seed", "33", "--brokers", "3", "--rate", "0.5",
     ),
     "whoever is connected to a broker that is cut off is parted from the others": (

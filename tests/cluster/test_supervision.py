@@ -166,6 +166,37 @@ async def test_a_parent_that_dies_while_it_spawns_has_each_child_once(point: str
         await eventually(all_exited, timeout=30, message="each end is told of once")
 
 
+async def test_a_child_that_has_come_and_gone_before_its_parent_is_recovered_is_not_had_again() -> (
+    None
+):
+    """The parent dies between the wish and its commit, and carries out the same order once more."""
+    armed = {"FOUNDATION_FAILPOINTS": "child.after_wish=once(1,sleep(60))"}
+    async with TestCluster(nodes=0, path=[str(AGENTS)]) as nodes:
+        fragile = nodes.start_node("n1", "--workers", "1", environment=armed)
+        await nodes.wait_up(["n1"])
+        client = nodes.client
+        await client.agents.start("parents:Boss", id="boss", critical=True)
+        nodes.start_node("n2", "--workers", "1")
+        await nodes.wait_up(["n1", "n2"])
+        await client.nodes.cordon("n1")
+        await client.send("boss", "send_out", "errand")
+
+        async def buried() -> bool:
+            whats = [event.what for event in await client.events.list(topic="agent", limit=200)]
+            return "child_ended" in whats and "boss_errand" not in await client.deployments.wishes()
+
+        await eventually(buried, timeout=20, message="the child has come and gone")
+        fragile.kill_all()
+        await _until(nodes, "boss", exited=["errand stopped"])
+        await client.send("boss", "send_out", "again")
+        await _until(nodes, "boss", exited=["errand stopped", "again stopped"])
+        state = await client.agents.state("boss_errand")
+        assert state is not None
+        assert state["state"]["starts"] == 1
+        assert set(await client.deployments.wishes()) == {"boss"}
+        assert [info.id for info in await client.agents.list()] == ["boss"]
+
+
 async def test_a_leader_that_dies_while_it_tells_of_an_end_tells_it_once() -> None:
     """Between the signal to the parent and the end of the wish: the next leader sends it again."""
     armed = {"FOUNDATION_FAILPOINTS": "kin.after_signal=kill"}
