@@ -461,6 +461,13 @@ def test_what_does_not_grow_without_end_is_no_drift(steady: Series) -> None:
     assert check_drift([steady], ALLOWED).is_clean
 
 
+def test_a_process_that_was_started_late_is_not_said_to_leak() -> None:
+    """It rises as the others did at their beginning; one that was there for long enough is judged."""
+    steady, late, later = series(0, count=120), series(60, count=40), series(60, count=80)
+    assert check_drift([steady, late], ALLOWED).is_clean
+    assert not check_drift([steady, later], ALLOWED).is_clean
+
+
 @pytest.mark.parametrize("leak", [series(60), series(60, noise=20), series(60, warm_up=80)])
 def test_steady_growth_is_a_drift(leak: Series) -> None:
     """With and without noise, and behind a rise at the start."""

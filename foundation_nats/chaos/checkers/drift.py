@@ -16,6 +16,8 @@ from foundation_nats.chaos.checkers.judgement import Judgement
 
 _WARM_UP = 0.4
 """Of the time, which does not count: caches, pools and allocators fill up."""
+_SPAN_MIN = 0.5
+"""Of the longest series: a process that was started late still fills up when the others have."""
 _SAMPLES_MIN = 8
 _SAMPLES_MAX = 200
 """Of one series; more are thinned out, because pairs are many."""
@@ -63,6 +65,17 @@ def gained(samples: Sequence[tuple[float, float]]) -> tuple[float, float] | None
     return base, statistics.median(slopes) * (settled[-1][0] - settled[0][0])
 
 
+def _of_those_who_stayed(series: Iterable[Series]) -> list[Series]:
+    """The series that are long enough, compared with the longest."""
+    found = [item for item in series if item.samples]
+    longest = max((_span(item) for item in found), default=0.0)
+    return [item for item in found if _span(item) >= longest * _SPAN_MIN]
+
+
+def _span(series: Series) -> float:
+    return series.samples[-1][0] - series.samples[0][0]
+
+
 @dataclass(frozen=True, slots=True)
 class Gain:
     """Of all series of a unit the one that came nearest to what is allowed, or went beyond it."""
@@ -81,7 +94,7 @@ def worst_gains(series: Iterable[Series], allowed: Mapping[str, Allowance]) -> l
     """For people: by unit, how near to a drift it was."""
     counts: dict[str, int] = {}
     worst: dict[str, Gain] = {}
-    for item in series:
+    for item in _of_those_who_stayed(series):
         found = gained(item.samples)
         if found is None:
             continue
@@ -97,7 +110,7 @@ def worst_gains(series: Iterable[Series], allowed: Mapping[str, Allowance]) -> l
 def check_drift(series: Iterable[Series], allowed: Mapping[str, Allowance]) -> Judgement:
     """No series gains more than its unit's allowance; those too short are not looked at."""
     judgement = Judgement("drift", 7)
-    for item in series:
+    for item in _of_those_who_stayed(series):
         found = gained(item.samples)
         if found is None:
             continue
