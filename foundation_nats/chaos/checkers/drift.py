@@ -16,8 +16,8 @@ from foundation_nats.chaos.checkers.judgement import Judgement
 
 _WARM_UP = 0.4
 """Of the time, which does not count: caches, pools and allocators fill up."""
-_SPAN_MIN = 0.5
-"""Of the longest series: a process that was started late still fills up when the others have."""
+_SPAN_MIN, _SPAN_MIN_S = 0.5, 120.0
+"""Half of the longest series, or two minutes: a process that was started late still fills up."""
 _SAMPLES_MIN = 8
 _SAMPLES_MAX = 200
 """Of one series; more are thinned out, because pairs are many."""
@@ -69,7 +69,7 @@ def _of_those_who_stayed(series: Iterable[Series]) -> list[Series]:
     """The series that are long enough, compared with the longest."""
     found = [item for item in series if item.samples]
     longest = max((_span(item) for item in found), default=0.0)
-    return [item for item in found if _span(item) >= longest * _SPAN_MIN]
+    return [item for item in found if _span(item) >= min(longest * _SPAN_MIN, _SPAN_MIN_S)]
 
 
 def _span(series: Series) -> float:
