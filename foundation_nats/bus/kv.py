@@ -13,6 +13,8 @@ Facts verified on nats-server 2.15.1:
   which watchers see; without it they see nothing.
 - A push consumer with ``idle_heartbeat`` reports its last consumer sequence in
   each heartbeat; a gap in consumer sequences is a lost message.
+- A delete marker keeps headers of one's own (`Entry.mark`), for readers and for
+  watchers, until the key is written again or the marker expires.
 """
 
 from __future__ import annotations

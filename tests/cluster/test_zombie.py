@@ -31,17 +31,23 @@ QUICK = {
 }
 
 
+async def _loaded(nodes: TestCluster) -> tuple[workload.Load, workload.EpochWatch]:
+    """Deploy, watch the epochs, and let signals flow."""
+    await workload.deploy(nodes)
+    epochs = workload.EpochWatch()
+    await epochs.open(nodes.client)
+    load = workload.Load(nodes.client)
+    load.start()
+    await eventually(lambda: load.receipts > 100, message="load flows")
+    return load, epochs
+
+
 @pytest.mark.parametrize("leads", [False, True])
 async def test_a_frozen_node_is_fenced_and_drops_its_copies(leads: bool) -> None:
     """SIGSTOP until its agents have moved, SIGCONT: it writes nothing, answers nothing, joins anew."""
     async with TestCluster(nodes=3, workers=1, path=[str(AGENTS)], settings=QUICK) as nodes:
         cluster = nodes.client
-        await workload.deploy(nodes)
-        epochs = workload.EpochWatch()
-        await epochs.open(cluster)
-        load = workload.Load(cluster)
-        load.start()
-        await eventually(lambda: load.receipts > 100, message="load flows")
+        load, epochs = await _loaded(nodes)
         leader = await nodes.leader()
         victim = next(node for node in nodes.nodes.values() if (node is leader) == leads)
         incarnation = (await cluster.nodes.get(victim.name)).incarnation
@@ -99,12 +105,7 @@ async def _a_successor_of_the_name(count: int) -> None:
     """Freeze a node, start another process of its name, thaw the first: it ends, nothing is doubled."""
     async with TestCluster(nodes=count, workers=1, path=[str(AGENTS)], settings=QUICK) as nodes:
         cluster = nodes.client
-        await workload.deploy(nodes)
-        epochs = workload.EpochWatch()
-        await epochs.open(cluster)
-        load = workload.Load(cluster)
-        load.start()
-        await eventually(lambda: load.receipts > 100, message="load flows")
+        load, epochs = await _loaded(nodes)
         old = nodes.nodes["n1"]
         incarnation = (await cluster.nodes.get("n1")).incarnation
         assert await cluster.agents.list(node="n1"), "void: the victim hosts nothing"

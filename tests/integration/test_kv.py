@@ -59,6 +59,29 @@ async def test_writes_say_what_they_expect(bus: Bus) -> None:
     assert await bucket.create("k", b"4") > second
 
 
+async def test_what_is_left_of_a_key_may_say_something(bus: Bus) -> None:
+    """Readers and watchers see the mark of the deletion, and none once the key is written again."""
+    bucket = Bucket(bus, NAMES, "agents")
+    scope = TaskScope("test")
+    seen: list[Entry] = []
+    try:
+        watch = bucket.watch(scope, seen.append)
+        await asyncio.wait_for(watch.ready.wait(), 10)
+        revision = await bucket.create("k", b"1")
+        await bucket.delete("k", expected=revision, mark="because")
+        left = await bucket.read("k")
+        assert left is not None
+        assert (left.value, left.mark) == (None, "because")
+        await bucket.replace("k", b"2", expected=left.revision)
+        again = await bucket.read("k")
+        assert again is not None
+        assert (again.value, again.mark) == (b"2", "")
+        await eventually(lambda: len(seen) == 3, message="the watch sees all")
+        assert [entry.mark for entry in seen] == ["", "because", ""]
+    finally:
+        await scope.close()
+
+
 async def test_many_keys_are_read_in_pages(bus: Bus) -> None:
     """More than a page and more than one multi_last holds; deleted ones are absent."""
     bucket = Bucket(bus, NAMES, "agents")
